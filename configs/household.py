@@ -1,0 +1,21 @@
+"""The miniature household: ALFWorld's task families in its words, pure Python.
+
+Command: python -m skillsd_jax.main --config=configs/household.py
+Hardware: a laptop's CPU. Expected score: not yet measured.
+
+The settings are the defaults of skillsd_jax/config.py.
+"""
+
+from skillsd_jax import presets
+from skillsd_jax.config import Config
+
+PRESETS = {
+    "": "small model from scratch on the miniature household; needs no engine",
+    "smoke": "the same, cut to about a minute: shows that it runs",
+}
+
+
+def get_config(preset: str = "") -> Config:
+    presets.known(preset, PRESETS)
+    config = Config()
+    return presets.smoke(config) if preset == "smoke" else config

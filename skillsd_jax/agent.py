@@ -1,0 +1,158 @@
+"""The agent a run starts from: a Hugging Face folder, or the embedded warm start."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+import skillsd_jax
+from skillsd_jax import artifacts, imitate, rollout
+from skillsd_jax import config as settings
+from skillsd_jax.models import huggingface, qwen, tokenizer
+from skillsd_jax.prompts import Prompter
+
+# Sources that decide what a warm start is; a change in one of them makes a new one.
+SOURCES = (
+    "environments",
+    "models",
+    "skills",
+    "imitate.py",
+    "prompts.py",
+    "tokens.py",
+)
+CORPUS_EPISODES = 500  # demonstrations the embedded tokenizer is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """Who plays and learns.
+
+    Args:
+      player: tokenizer, shape and prompting.
+      params: float32 weights.
+      record: how the weights came about, plain values.
+    """
+
+    player: rollout.Player
+    params: Any
+    record: dict[str, Any]
+
+
+def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
+    """Loads the pretrained model, or makes the warm start or takes it from the cache.
+
+    Args:
+      config: the run's settings.
+      say: told what is going on, a line at a time.
+    """
+    if config.model.path:
+        words = tokenizer.load(config.model.path)
+        model, params = huggingface.load(config.model.path)
+        record = {"path": config.model.path}
+    else:
+        words, model, params, record = _embedded(config, say)
+    player = rollout.Player(model, words, config.prompt, config.rollout.rows)
+    return Agent(player, params, record)
+
+
+def _embedded(config: settings.Config, say: Callable[[str], None]):
+    chosen = getattr(config.environment, config.environment.name)
+    package = Path(skillsd_jax.__file__).parent
+    key = artifacts.content_hash(
+        config.environment.name,
+        config.environment.require_think,
+        chosen,
+        config.model,
+        config.prompt,
+        config.imitate,
+        config.seed,
+        [package / source for source in SOURCES],
+    )
+    folder = artifacts.cache_folder(config.cache) / "warm_starts"
+    return artifacts.cached(
+        folder, f"warm-{key}", lambda: _make(config, say), _load, _save
+    )
+
+
+def _make(config: settings.Config, say: Callable[[str], None]):
+    (environment,) = rollout.environments(config.environment, "train")
+    say(f"warm start: playing {config.imitate.episodes} demonstrations")
+    demonstrations = imitate.demonstrations(environment, config.imitate, config.seed)
+    episodes = list(demonstrations)
+    environment.close()
+    words = tokenizer.train(
+        imitate.texts(episodes[:CORPUS_EPISODES]), _lexicon(config.environment)
+    )
+    model = _shape(config.model, words.vocab_size)
+    prompter = Prompter(words, config.prompt)
+    player = rollout.Player(model, words, config.prompt, config.rollout.rows)
+    scored = player.scored(environment.max_steps)
+    plain, skilled = [], []
+    for episode, skill, followed in episodes:
+        plain += imitate.cloned_rows(prompter, episode, None)
+        skilled += imitate.cloned_rows(prompter, followed, skill)
+    data = [
+        imitate.record(plain, player.length, scored),
+        imitate.record(skilled, player.skilled_length, scored),
+    ]
+    say(f"warm start: cloning {len(plain)} plain and {len(skilled)} skilled rows")
+    key = jax.random.key(config.seed)
+    params, curve = qwen.init(model, key), []
+    for step, params, loss in imitate.clone(model, params, data, config.imitate, key):
+        curve.append((step, round(loss, 4)))
+        say(f"warm start: step {step} of {config.imitate.steps}, loss {loss:.3f}")
+    won = [np.mean([e[which].success for e in episodes]) for which in (0, 2)]
+    record = {
+        "demonstrator": {"plain": float(won[0]), "skilled": float(won[1])},
+        "rows": {"plain": len(plain), "skilled": len(skilled)},
+        "loss": curve,
+    }
+    return words, model, params, record
+
+
+def _lexicon(config: settings.Environment) -> list[str]:
+    from skillsd_jax.environments import ENVIRONMENTS
+    from skillsd_jax.skills import summarizer
+
+    options = dataclasses.asdict(getattr(config, config.name))
+    words = [*ENVIRONMENTS[config.name].lexicon(**options), *summarizer.lexicon()]
+    return list(dict.fromkeys(words))
+
+
+def _shape(config: settings.Model, vocab: int) -> qwen.ModelConfig:
+    return qwen.ModelConfig(
+        vocab=vocab,
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_size=config.head_size,
+        hidden=config.hidden,
+        rope_theta=config.rope_theta,
+        tie_embeddings=config.tie_embeddings,
+        dtype=config.dtype,
+    )
+
+
+def _save(folder: Path, made) -> None:
+    words, model, params, record = made
+    folder.mkdir(parents=True)
+    words.save(folder / "tokenizer")
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    np.savez(folder / "params.npz", **{k: np.asarray(v) for k, v in flat.items()})
+    text = {"model": dataclasses.asdict(model), "record": record}
+    (folder / "agent.json").write_text(json.dumps(text))
+
+
+def _load(folder: Path):
+    text = json.loads((folder / "agent.json").read_text())
+    with np.load(folder / "params.npz") as flat:
+        arrays = {name: jax.numpy.asarray(flat[name]) for name in flat}
+    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    words = tokenizer.load(folder / "tokenizer")
+    return words, qwen.ModelConfig(**text["model"]), params, text["record"]

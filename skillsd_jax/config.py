@@ -1,0 +1,209 @@
+"""Every setting: type, unit and default, in one place.
+
+A file in configs/ returns a `Config` that differs from these defaults only where it
+says why. Command line: `--config.SECTION.KEY=VALUE`. An empty string means "not set".
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+
+
+@dataclasses.dataclass
+class Household:
+    """Options of the miniature household (constructor arguments of the class)."""
+
+    max_steps: int = 9  # turns per episode
+
+
+@dataclasses.dataclass
+class Sokoban:
+    """Options of Sokoban."""
+
+    size: int = 6  # squares per side, walls included
+    boxes: int = 1
+    max_steps: int = 15  # turns per episode
+    min_pushes: int = 1  # difficulty filter: pushes of a shortest plan
+    min_moves: int = 4  # difficulty filter: moves of a shortest plan
+
+
+@dataclasses.dataclass
+class Alfworld:
+    """Options of ALFWorld."""
+
+    max_steps: int = 15  # turns per episode
+    rooms: str = "kitchen"  # kitchen, all
+    families: str = "pick,clean,heat,cool"  # comma-separated, or 'all' (six)
+    max_receptacles: int = 20  # larger rooms are left out; 0: every room
+    view: str = "notes"  # 'notes' (compact memory of what was read) or 'native'
+    cache: str = ""  # folder for generated games; "": the user's cache folder
+    games: str = ""  # folder with json_2.1.1/; "": $ALFWORLD_DATA, else generated
+
+
+@dataclasses.dataclass
+class Environment:
+    name: str = "household"  # household, sokoban, alfworld
+    train_tasks: int = 128  # RL draws its tasks from that many
+    require_think: bool = False  # a reply without <think>…</think> is invalid
+    household: Household = field(default_factory=Household)
+    sokoban: Sokoban = field(default_factory=Sokoban)
+    alfworld: Alfworld = field(default_factory=Alfworld)
+
+
+@dataclasses.dataclass
+class Model:
+    """Qwen3-shaped decoder; a Hugging Face folder in `path` overrides the shape."""
+
+    path: str = ""  # Hugging Face folder; "": the embedded model, from scratch
+    required: bool = False  # published presets: refuse to start without `path`
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    head_size: int = 16
+    hidden: int = 256  # of the gated MLP
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = True
+    dtype: str = "float32"  # of the matmuls; masters and reductions are float32
+
+
+@dataclasses.dataclass
+class Prompt:
+    """How the model is shown an episode. Lengths in tokens."""
+
+    context: str = "windowed"  # 'windowed' (a prompt per turn) or 'whole' (history)
+    history: int = 0  # earlier turns shown by a windowed prompt
+    system: str = ""  # system message; "": none
+    style: str = "plain"  # 'plain' (instruction, observation) or 'agent' (told how)
+    admissible: bool = False  # list the admissible commands
+    max_prompt_length: int = 96  # student's context without the last reply
+    max_response_length: int = 12  # one reply, stop token included
+    max_skill_length: int = 48  # extra room of the teacher's view
+    max_length: int = 512  # whole history: the window of all turns together
+
+
+@dataclasses.dataclass
+class Rollout:
+    prompts: int = 16  # tasks per iteration
+    group_size: int = 8  # episodes per task
+    temperature: float = 1.0
+    rows: int = 128  # episodes played at once
+
+
+@dataclasses.dataclass
+class Objective:
+    name: str = "skill_sd"
+    sdl_lambda: float = 1.0  # λ of skill_sd
+    sdar_coef: float = 1.0  # λ of sdar
+    gate_beta: float = 5.0  # β of the gate
+    gate: str = "gap"  # gap, entropy, soft_or
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0  # 0: off
+    kl_coefficient: float = 0.0  # to the reference (initial) policy
+    kl_kind: str = "k3_clamped"
+    loss_agg_mode: str = "token-mean"
+    normalize_std: bool = True  # divide advantages by the group's deviation
+    statistics: str = "trajectory"  # or 'row', as the released code
+    invalid_action_penalty: float = 0.0  # per invalid turn
+    max_log_ratio: float = 10.0  # overflow guards of the released port
+    max_gap: float = 20.0
+
+
+@dataclasses.dataclass
+class Teacher:
+    kind: str = "frozen"  # live, periodic, frozen
+    every: int = 10  # iterations between copies of a periodic teacher
+
+
+@dataclasses.dataclass
+class Skills:
+    maker: str = "template"
+    retrieval: str = "ucb"
+    exploration: float = 1.0  # c of UCB
+    per_group: int = 2  # best episodes of a group that are summarised
+    capacity: int = 8  # skills per task
+    allow_own: bool = False  # a row may be shown the skill of its own episode
+
+
+@dataclasses.dataclass
+class Optimizer:
+    learning_rate: float = 5e-4
+    schedule: str = "constant"  # constant, cosine
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0  # global norm
+    minibatches: int = 4  # updates per iteration
+    minibatch_rows: int = 0  # rows per update instead; 0: use `minibatches`
+    micro_rows: int = 128  # rows scored at once
+
+
+@dataclasses.dataclass
+class Imitate:
+    """Warm start by behaviour cloning; off with a pretrained model."""
+
+    steps: int = 600
+    rows: int = 64  # plain rows a step, and as many skilled ones
+    learning_rate: float = 2e-3
+    episodes: int = 4000  # demonstrations
+    tasks: int = 4000  # training tasks they are drawn from
+    noise: float = 0.1  # chance of a random command in a demonstration
+    skilled_noise: float = 0.0  # the same in the skilled ones
+    misled: float = 0.25  # share of skills summarised from an episode without a hint
+
+
+@dataclasses.dataclass
+class Evaluate:
+    every: int = 10  # iterations; 0: only before and after
+    tasks: int = 256  # test panel
+    samples: int = 1  # episodes per task at `temperature`
+    temperature: float = 0.4
+    greedy: bool = True  # also T = 0, before and after
+    teacher_tasks: int = 128  # panel of the teacher
+    split: str = "test"  # panel of before and after; 'validation' to choose settings
+
+
+@dataclasses.dataclass
+class Config:
+    seed: int = 0
+    iterations: int = 40
+    checkpoint_every: int = 5  # iterations
+    keep_checkpoints: int = 2
+    sample_trajectories: int = 4  # written to trajectories/ per iteration
+    cache: str = ""  # warm starts and tokenizers; "": the user's cache folder
+    writers: str = ""  # comma-separated extra sinks: tensorboard, wandb
+    environment: Environment = field(default_factory=Environment)
+    model: Model = field(default_factory=Model)
+    prompt: Prompt = field(default_factory=Prompt)
+    rollout: Rollout = field(default_factory=Rollout)
+    objective: Objective = field(default_factory=Objective)
+    teacher: Teacher = field(default_factory=Teacher)
+    skills: Skills = field(default_factory=Skills)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    imitate: Imitate = field(default_factory=Imitate)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def to_dict(config: Config) -> dict:
+    """The settings as nested dicts of plain values, as config.json holds them."""
+    return dataclasses.asdict(config)
+
+
+def flatten(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The settings of `to_dict` one by one, named as on the command line."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def difference(a: Mapping, b: Mapping) -> dict[str, tuple]:
+    """The settings that differ: name → (in `a`, in `b`); one that is absent is None."""
+    old, new = dict(flatten(a)), dict(flatten(b))
+    return {
+        name: (old.get(name), new.get(name))
+        for name in dict.fromkeys([*old, *new])
+        if old.get(name) != new.get(name)
+    }

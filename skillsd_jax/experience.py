@@ -1,0 +1,190 @@
+"""From trajectories to learning rows: skills are made, chosen and shown to a teacher."""
+
+import collections
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from skillsd_jax import config as settings
+from skillsd_jax import prompts
+from skillsd_jax.skills import bank as skill_bank
+from skillsd_jax.skills import retrieval, summarizer
+from skillsd_jax.tokens import Row
+from skillsd_jax.trajectory import Segment, Trajectory
+
+FAULTS = ("error", "timeout")  # endings that say nothing about the agent
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """The episodes of one iteration.
+
+    Args:
+      trajectories: in order.
+      groups: index of each episode's task within the iteration.
+      iteration: when they were played.
+    """
+
+    trajectories: Sequence[Trajectory]
+    groups: Sequence[int]
+    iteration: int
+
+    def source(self, index: int) -> str:
+        """Names an episode for the provenance of its skills."""
+        return f"{self.iteration}/{index}"
+
+    @property
+    def usable(self) -> list[int]:
+        """Episodes that did not end in a fault of the environment."""
+        return [i for i, t in enumerate(self.trajectories) if t.ending not in FAULTS]
+
+
+def summarize(experience: Experience, per_group: int) -> list[skill_bank.Skill]:
+    """Skills from the best episodes of each group."""
+    members = collections.defaultdict(list)
+    for index in experience.usable:
+        members[experience.groups[index]].append(index)
+    skills = []
+    for indices in members.values():
+        group = [experience.trajectories[i] for i in indices]
+        for i in (indices[j] for j in summarizer.select(group, per_group)):
+            skill = summarizer.summarize(
+                experience.trajectories[i], experience.iteration, experience.source(i)
+            )
+            skills.append(skill)
+    return skills
+
+
+def retrieve(
+    experience: Experience,
+    bank: skill_bank.Bank,
+    config: settings.Skills,
+    rng: np.random.Generator,
+) -> list[skill_bank.Skill | None]:
+    """A skill for each episode's teacher; None where the bank has nothing to show."""
+    return [
+        retrieval.retrieve(bank, t.task, experience.source(i), rng, config)
+        for i, t in enumerate(experience.trajectories)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Rows of an iteration and what it took to show the skills.
+
+    Args:
+      rows: one per context.
+      shown: the skill each episode's teacher really saw.
+      cut: history entries cut from teacher views.
+      dropped: skills too long to be shown.
+    """
+
+    rows: list[Row]
+    shown: list[skill_bank.Skill | None]
+    cut: int
+    dropped: int
+
+
+def views(
+    experience: Experience,
+    skills: Sequence[skill_bank.Skill | None],
+    prompter: prompts.Prompter,
+    penalty: float,
+) -> Views:
+    """One row per context, with the skilled view where a skill is shown.
+
+    Args:
+      experience: the episodes.
+      skills: what to show for each episode.
+      prompter: writes the skill into the task turn.
+      penalty: taken from an episode's reward per invalid turn.
+    """
+    rows, shown, cut, dropped = [], list(skills), 0, 0
+    for index in experience.usable:
+        contexts = experience.trajectories[index].contexts
+        skilled: Sequence[Sequence[Segment] | None] = [None] * len(contexts)
+        if skills[index] is not None:
+            text = summarizer.render(skills[index])
+            made = [prompter.skilled(context, text) for context in contexts]
+            if any(view is None for view in made):
+                shown[index], dropped = None, dropped + 1
+            else:
+                skilled = [view for view, _ in made]
+                cut += sum(cuts for _, cuts in made)
+        rows += _rows(experience, index, skilled, prompter, penalty)
+    return Views(rows, shown, cut, dropped)
+
+
+def _rows(
+    experience: Experience,
+    index: int,
+    skilled: Sequence[Sequence[Segment] | None],
+    prompter: prompts.Prompter,
+    penalty: float,
+) -> list[Row]:
+    trajectory = experience.trajectories[index]
+    invalid = sum(not turn.valid for turn in trajectory.turns)
+    anchors = [zlib.crc32(t.observation.encode()) >> 1 for t in trajectory.turns]
+    rows, turn = [], 0
+    for context, view in zip(trajectory.contexts, skilled):
+        replies = [segment for segment in context if segment.scored]
+        turns = range(turn, turn + len(replies))
+        turn += len(replies)
+        row = Row(
+            student=context,
+            teacher=view,
+            turns=turns,
+            labels=[prompter.labels(reply.tokens) for reply in replies],
+            anchors=[anchors[t] for t in turns],
+            reward=trajectory.reward - penalty * invalid,
+            group=experience.groups[index],
+            trajectory=index,
+            success=trajectory.success,
+        )
+        rows.append(row)
+    return rows
+
+
+def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """What an iteration's episodes came to, as plain numbers.
+
+    Episodes that ended in a fault are counted under `endings` and nowhere else.
+    """
+    usable = [t for t in trajectories if t.ending not in FAULTS]
+    turns = [turn for t in usable for turn in t.turns]
+    endings = collections.Counter(t.ending for t in trajectories)
+    return {
+        "success": _mean([t.success for t in usable]),
+        "return": _mean([t.reward for t in usable]),
+        "steps": _mean([len(t.turns) for t in usable]),
+        "invalid_rate": _mean([not turn.valid for turn in turns]),
+        "endings": dict(sorted(endings.items())),
+        "tokens": sum(_scored(t) for t in trajectories),
+        "prompts_cut": sum(t.cut for t in trajectories),
+    }
+
+
+def _scored(trajectory: Trajectory) -> int:
+    segments = [segment for context in trajectory.contexts for segment in context]
+    return sum(len(segment.tokens) for segment in segments if segment.scored)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+def line(trajectory: Trajectory, skill: skill_bank.Skill | None) -> str:
+    """An episode as one line of JSON: what was seen, said and done."""
+    record = {
+        "task": dataclasses.asdict(trajectory.task),
+        "success": trajectory.success,
+        "reward": trajectory.reward,
+        "ending": trajectory.ending,
+        "skill": None if skill is None else summarizer.render(skill),
+        "turns": [dataclasses.asdict(turn) for turn in trajectory.turns],
+    }
+    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -1,0 +1,212 @@
+"""Learning from recorded episodes: the warm start by behaviour cloning.
+
+A from-scratch model must know, like a pretrained one, how to act and how to use a hint
+it is shown. Half of the cloned rows therefore carry a skill in the prompt, written by
+the template summariser from another episode of the same task.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from skillsd_jax import config as settings
+from skillsd_jax import prompts
+from skillsd_jax.environments import base
+from skillsd_jax.models import qwen, scoring
+from skillsd_jax.skills import summarizer
+from skillsd_jax.tokens import Row, TokenView, pack
+from skillsd_jax.trajectory import Role, Segment, Trajectory, Turn
+
+STEPS_PER_CALL = 25  # optimiser steps per call of the jitted loop
+
+
+def play(
+    environment: base.Environment,
+    seed: int,
+    rng: np.random.Generator,
+    workflow: Sequence[str] = (),
+    noise: float = 0.0,
+) -> Trajectory:
+    """One scripted episode; it has turns and no contexts."""
+    step, turns = environment.reset(seed), []
+    while not step.done:
+        before = step
+        reply = environment.demonstrate(rng, workflow, noise)
+        step = environment.step(reply)
+        turns.append(
+            Turn(
+                observation=before.observation,
+                reply=reply,
+                action=step.action,
+                valid=step.valid,
+                effective=step.effective,
+                reward=step.reward,
+                feedback=step.feedback,
+            )
+        )
+    return Trajectory(
+        task=environment.task(),
+        turns=tuple(turns),
+        contexts=(),
+        reward=float(sum(turn.reward for turn in turns)),
+        success=step.success,
+        ending="success" if step.success else "limit",
+    )
+
+
+def expert_skill(environment: base.Environment, seed: int) -> str:
+    """The skill text that one expert episode of the task summarises to."""
+    environment.reset(seed)
+    plan = environment.expert_commands()
+    episode = play(environment, seed, np.random.default_rng(0), plan)
+    return summarizer.render(summarizer.summarize(episode, 0, "expert"))
+
+
+def demonstrations(
+    environment: base.Environment, config: settings.Imitate, seed: int
+) -> Iterator[tuple[Trajectory, str, Trajectory]]:
+    """Plain episodes, and skills with episodes that follow them.
+
+    Args:
+      environment: an instance of the training split.
+      config: how many, of which tasks, how noisy.
+      seed: of every choice.
+
+    Yields:
+      (plain episode, skill text, episode that follows the skill), one task each.
+    """
+    rng = np.random.default_rng([seed, 7])
+    for index in range(config.episodes):
+        task = index % config.tasks
+        plain = play(environment, task, rng, noise=config.noise)
+        environment.reset(task)
+        misled = rng.random() < config.misled
+        plan = () if misled else environment.expert_commands()
+        source = play(environment, task, rng, plan, config.noise)
+        skill = summarizer.summarize(source, 0, "demonstration")
+        workflow = skill.golden_workflow
+        skilled = play(environment, task, rng, workflow, config.skilled_noise)
+        yield plain, summarizer.render(skill), skilled
+
+
+def texts(episodes: Sequence[tuple[Trajectory, str, Trajectory]]) -> list[str]:
+    """Everything an episode shows or says: the corpus of the tokenizer."""
+    corpus = []
+    for plain, skill, skilled in episodes:
+        corpus.append(skill)
+        for trajectory in (plain, skilled):
+            corpus.append(trajectory.task.instruction)
+            for turn in trajectory.turns:
+                corpus += [turn.observation, turn.reply, turn.feedback]
+    return corpus
+
+
+def cloned_rows(
+    prompter: prompts.Prompter, trajectory: Trajectory, skill: str | None
+) -> list[Row]:
+    """Rows that score a recorded episode's replies, skill in the prompt or not."""
+    contexts, turns = [], []
+    for index, turn in enumerate(trajectory.turns):
+        step = base.TimeStep(turn.observation)
+        earlier = trajectory.turns[:index]
+        reply = _spoken(prompter.encoder, turn.reply)
+        if prompter.config.context == "whole" and contexts:
+            contexts[-1] += [prompter.following(step), reply]
+            turns[-1].append(index)
+            continue
+        segments, _ = prompter.opening(trajectory.task, step, earlier, skill)
+        contexts.append([*segments, reply])
+        turns.append([index])
+    return [
+        Row(
+            student=context,
+            teacher=None,
+            turns=indices,
+            labels=[prompter.labels(s.tokens) for s in context if s.scored],
+            anchors=[0] * len(indices),
+            reward=0.0,
+            group=0,
+            trajectory=0,
+            success=trajectory.success,
+        )
+        for context, indices in zip(contexts, turns)
+    ]
+
+
+def _spoken(encoder: prompts.Encoder, reply: str) -> Segment:
+    ids = np.array([*encoder.encode(reply), encoder.stop_id], np.int32)
+    return Segment(Role.AGENT, ids, np.zeros(len(ids), np.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """Packed rows of one kind, resident on the device."""
+
+    view: TokenView
+    mask: jax.Array
+
+
+def record(rows: Sequence[Row], length: int, scored: int) -> Recorded:
+    """Packs recorded rows of up to `length` tokens."""
+    batch = pack(rows, len(rows), length, length, scored)
+    return jax.device_put(Recorded(batch.student, batch.mask))
+
+
+def clone(
+    model: qwen.ModelConfig,
+    params: Any,
+    data: Sequence[Recorded],
+    config: settings.Imitate,
+    key: jax.Array,
+) -> Iterator[tuple[int, Any, float]]:
+    """Behaviour cloning: AdamW with a cosine schedule on the replies' cross-entropy.
+
+    Args:
+      model: shape of the network.
+      params: where it starts.
+      data: one entry per kind of row; every step takes `config.rows` of each.
+      config: steps, rows, learning rate.
+      key: of the rows drawn.
+
+    Yields:
+      (steps done, weights, mean loss of the last steps in nats per token).
+    """
+    rule = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.cosine_decay_schedule(config.learning_rate, config.steps)),
+    )
+
+    def loss(params, parts):
+        total = count = 0.0
+        for part in parts:
+            scores = scoring.score(model, params, part.view, 1.0, part.mask)
+            total += -scores.logprob.sum()
+            count += part.mask.sum()
+        return total / count
+
+    @jax.jit
+    def several(params, moments, data, keys):
+        def step(carry, key):
+            params, moments = carry
+            parts = []
+            for part, k in zip(data, jax.random.split(key, len(data))):
+                index = jax.random.randint(k, (config.rows,), 0, part.mask.shape[0])
+                parts.append(jax.tree.map(lambda x: x[index], part))
+            value, gradient = jax.value_and_grad(loss)(params, parts)
+            change, moments = rule.update(gradient, moments, params)
+            return (optax.apply_updates(params, change), moments), value
+
+        (params, moments), losses = jax.lax.scan(step, (params, moments), keys)
+        return params, moments, losses.mean()
+
+    moments, data = rule.init(params), tuple(data)
+    for done in range(0, config.steps, STEPS_PER_CALL):
+        count = min(STEPS_PER_CALL, config.steps - done)
+        keys = jax.random.split(jax.random.fold_in(key, done), count)
+        params, moments, value = several(params, moments, data, keys)
+        yield done + count, params, float(value)

@@ -1,0 +1,290 @@
+"""Learning: both views are scored, one jitted update, teacher kept in step."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from skillsd_jax import config as settings
+from skillsd_jax.losses import masking, objective, policy_gradient
+from skillsd_jax.models import qwen, scoring
+from skillsd_jax.tokens import TokenBatch
+
+Params = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LearnerState:
+    """Everything that learning changes.
+
+    Args:
+      step: iterations done.
+      params: the student, float32.
+      teacher: weights of the teacher; None when it is live or not needed.
+      reference: the initial policy; None without a KL term to it.
+      optimizer: optax state.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    teacher: Params | None
+    reference: Params | None
+    optimizer: Any
+
+
+def schedule(config: settings.Optimizer, steps: int) -> optax.Schedule:
+    """Learning rate by optimiser step."""
+    if config.schedule == "cosine":
+        return optax.cosine_decay_schedule(config.learning_rate, max(1, steps))
+    return optax.constant_schedule(config.learning_rate)
+
+
+def optimizer(
+    config: settings.Optimizer, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then AdamW with float32 moments."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(
+            schedule(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+def arrange(
+    batch: TokenBatch, order: np.ndarray, config: settings.Optimizer
+) -> TokenBatch:
+    """Deals rows to minibatches: [B, …] → [M, K, micro_rows, …].
+
+    Rows are dealt round-robin in `order`, so that minibatches differ by one row at
+    most; the rest of each is padding with mask 0. With `minibatch_rows` set, as many
+    minibatches are filled as rows need and the others stay empty: no update.
+
+    Args:
+      batch: numpy arrays [B, …] whose last row is padding.
+      order: permutation of the real rows, which come first.
+      config: minibatches or minibatch_rows, and micro_rows.
+    """
+    size, micro = batch.reward.shape[0], config.micro_rows
+    most = used = config.minibatches
+    if config.minibatch_rows:
+        most = -(-size // config.minibatch_rows)
+        used = max(1, round(len(order) / config.minibatch_rows))
+    share = -(-size // used) if not config.minibatch_rows else -(-3 * config.minibatch_rows // 2)
+    share = -(-share // micro) * micro
+    index = np.full((most, share), size - 1)
+    for m in range(used):
+        dealt = order[m::used]
+        index[m, : len(dealt)] = dealt
+    index = index.reshape(most, -1, micro)
+    return jax.tree.map(lambda x: x[index], batch)
+
+
+class Learner:
+    """Binds the static settings to one jitted update.
+
+    Args:
+      model: shape of the network.
+      config: the run's settings.
+      updates: optimiser steps of the whole run, for the schedule.
+    """
+
+    def __init__(self, model: qwen.ModelConfig, config: settings.Config, updates: int):
+        self.model, self.config = model, config
+        self.recipe = objective.recipe(config.objective.name)
+        self.optimizer = optimizer(config.optimizer, updates)
+        self.needs_teacher = "teacher" in self.recipe.needs
+        self.needs_reference = config.objective.kl_coefficient > 0
+        self._update = jax.jit(self._iteration, donate_argnums=(0,))
+
+    def init(self, params: Params) -> LearnerState:
+        """State at step 0; the teacher and the reference are copies of `params`."""
+        copy = functools.partial(jax.tree.map, jnp.copy)
+        stored = self.needs_teacher and self.config.teacher.kind != "live"
+        return LearnerState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            teacher=copy(params) if stored else None,
+            reference=copy(params) if self.needs_reference else None,
+            optimizer=self.optimizer.init(params),
+        )
+
+    def update(
+        self, state: LearnerState, batch: TokenBatch
+    ) -> tuple[LearnerState, dict[str, tuple[Array, Array]]]:
+        """One iteration: an optimiser step per minibatch.
+
+        Args:
+          state: donated.
+          batch: as `arrange` leaves it, [M, K, micro_rows, …].
+
+        Returns:
+          The next state and metrics as (Σ value·weight, Σ weight) over the batch.
+        """
+        return self._update(state, batch)
+
+    def _iteration(self, state: LearnerState, batch: TokenBatch):
+        advantage = self._advantage(batch)
+
+        def minibatch(carry, part):
+            params, moments = carry
+            gradient, sums = self._gradient(state, params, *part)
+            filled = jnp.any(part[0].mask > 0)
+            sums["grad_norm"] = (optax.global_norm(gradient), jnp.float32(filled))
+            sums["minibatches"] = (jnp.float32(filled), jnp.zeros(()))
+
+            def apply():
+                change, following = self.optimizer.update(gradient, moments, params)
+                return optax.apply_updates(params, change), following
+
+            return jax.lax.cond(filled, apply, lambda: (params, moments)), sums
+
+        (params, moments), sums = jax.lax.scan(
+            minibatch, (state.params, state.optimizer), (batch, advantage)
+        )
+        step = state.step + 1
+        following = dataclasses.replace(
+            state,
+            step=step,
+            params=params,
+            optimizer=moments,
+            teacher=self._sync(step, state.teacher, params),
+        )
+        return following, jax.tree.map(lambda x: x.sum(0), sums)
+
+    def _sync(self, step, teacher, params):
+        """A periodic teacher becomes a copy of the student every k iterations."""
+        if teacher is None or self.config.teacher.kind != "periodic":
+            return teacher
+        due = step % self.config.teacher.every == 0
+        return jax.tree.map(lambda old, new: jnp.where(due, new, old), teacher, params)
+
+    def _advantage(self, batch: TokenBatch) -> Float[Array, "M K b"]:
+        """Group statistics run over the whole iteration, before it is split."""
+        setting = self.config.objective
+        flat = jax.tree.map(
+            lambda x: x.reshape(-1),
+            (batch.reward, batch.group, batch.trajectory),
+        )
+        reward, group, trajectory = flat
+        real = trajectory >= 0
+        group = jnp.where(real, group, reward.shape[0] - 1)
+        each = jnp.arange(reward.shape[0])
+        # With row statistics every row is its own episode, as in the released code.
+        episode = trajectory if setting.statistics == "trajectory" else each
+        advantage = policy_gradient.group_advantage(
+            reward,
+            group,
+            setting.normalize_std,
+            trajectory=jnp.where(real, episode, reward.shape[0] - 1),
+        )
+        return jnp.where(real, advantage, 0.0).reshape(batch.reward.shape)
+
+    def _gradient(self, state: LearnerState, params, batch: TokenBatch, advantage):
+        """Gradient of one minibatch, micro-batch by micro-batch.
+
+        The loop runs over the micro-batches that hold real rows, so padding to a
+        static shape costs memory but no time.
+        """
+        mode = self.config.objective.loss_agg_mode
+        mask = batch.mask
+        filled = (mask.sum(-1) > 0).astype(jnp.float32)
+        count = mask.sum() if mode == "token-mean" else filled.sum()
+        used = jnp.sum(filled.sum(-1) > 0)
+        loss = functools.partial(self._loss, state, count=jnp.maximum(count, 1.0))
+
+        def micro(k):
+            part, share = jax.tree.map(lambda x: x[k], (batch, advantage))
+            return jax.grad(loss, has_aux=True)(params, part, share)
+
+        shapes = jax.eval_shape(micro, 0)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def body(k, total):
+            return jax.tree.map(jnp.add, total, micro(k))
+
+        return jax.lax.fori_loop(0, used, body, zeros)
+
+    def _loss(self, state: LearnerState, params, batch: TokenBatch, advantage, count):
+        signals = self._signals(state, params, batch, advantage)
+        output = self.recipe.loss(signals, self.config.objective)
+        mode = self.config.objective.loss_agg_mode
+        parts = {
+            name: masking.aggregate(term, batch.mask, mode, count=count)
+            for name, term in output.terms.items()
+        }
+        sums = {
+            name: (jnp.sum(value * weight), jnp.sum(weight))
+            for name, (value, weight) in output.metrics.items()
+        }
+        total = sum(parts.values())
+        # Micro-batches add up to their minibatch's loss; `means` averages those.
+        sums |= {f"loss_{k}": (v, jnp.zeros(())) for k, v in parts.items()}
+        return total, jax.lax.stop_gradient(sums)
+
+    def _signals(self, state: LearnerState, params, batch: TokenBatch, advantage):
+        temperature = self.config.rollout.temperature
+        mask = batch.mask
+
+        def score(weights, view):
+            return scoring.score(self.model, weights, view, temperature, mask)
+
+        def fixed(weights, view) -> Any:
+            return jax.lax.stop_gradient(
+                score(jax.lax.stop_gradient(weights), view)
+            ).logprob
+
+        student = score(params, batch.student)
+        teacher = reference = None
+        if self.needs_teacher:
+            weights = params if state.teacher is None else state.teacher
+            teacher = fixed(weights, batch.teacher)
+        if self.needs_reference:
+            reference = fixed(state.reference, batch.student)
+        return objective.Signals(
+            student=student.logprob,
+            teacher=teacher,
+            old=batch.old,
+            reference=reference,
+            entropy=student.entropy,
+            divergence=None,
+            advantage=advantage[:, None] * mask,
+            mask=mask,
+            segment=batch.segment,
+            turn=batch.turn,
+            anchor=batch.anchor,
+            skilled=batch.skilled,
+            reward=batch.reward,
+            group=batch.group,
+            trajectory=batch.trajectory,
+            success=batch.success,
+            step=state.step,
+            vocabulary=self.model.vocab,
+            token_count=mask.sum(),
+            row_count=(mask.sum(-1) > 0).sum(),
+        )
+
+
+def means(sums: dict[str, tuple[Array, Array]]) -> dict[str, float]:
+    """Divides the sums of `Learner.update`, once, on the host.
+
+    Losses are means over minibatches; everything else is weighted by tokens.
+    """
+    values = jax.device_get(sums)
+    minibatches, out = float(values.pop("minibatches")[0]), {}
+    for name, (total, weight) in sorted(values.items()):
+        divisor = minibatches if name.startswith("loss_") else float(weight)
+        out[name] = float(total) / max(divisor, 1e-9)
+    out["loss"] = sum(v for name, v in out.items() if name.startswith("loss_"))
+    if "gap_squared" in out:
+        out["gap_rms"] = out.pop("gap_squared") ** 0.5
+    return out

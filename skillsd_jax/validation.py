@@ -1,0 +1,184 @@
+"""Refusing what cannot work before anything starts."""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from skillsd_jax.artifacts import write_atomic
+from skillsd_jax.config import Config, Model, difference, flatten, to_dict
+
+
+class Refused(ValueError):
+    """What the user asked for cannot be done; the message says what to do instead.
+
+    Entry points print it without a traceback.
+    """
+
+
+# Settings that name one of a fixed list. Names that live in a dict further up
+# (objectives, environments, retrieval) are given to `validate` by its caller.
+CHOICES: dict[str, Collection[str]] = {
+    "environment.alfworld.rooms": ("kitchen", "all"),
+    "environment.alfworld.view": ("notes", "native"),
+    "model.dtype": ("float32", "bfloat16"),
+    "prompt.context": ("windowed", "whole"),
+    "prompt.style": ("plain", "agent"),
+    "objective.gate": ("gap", "entropy", "soft_or"),
+    "objective.kl_kind": ("k1", "k2", "k3", "k3_clamped", "abs"),
+    "objective.loss_agg_mode": (
+        "token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum-norm",
+    ),
+    "objective.statistics": ("trajectory", "row"),
+    "teacher.kind": ("live", "periodic", "frozen"),
+    "skills.maker": ("template",),
+    "optimizer.schedule": ("constant", "cosine"),
+    "evaluate.split": ("validation", "test"),
+}
+# A number must be > 0 unless it is listed here (≥ 0) or a share (0 to 1).
+MAY_BE_ZERO = (
+    "seed",
+    "iterations",
+    "environment.sokoban.min_pushes",
+    "environment.sokoban.min_moves",
+    "environment.alfworld.max_receptacles",
+    "prompt.history",
+    "prompt.max_skill_length",
+    "objective.sdl_lambda",
+    "objective.sdar_coef",
+    "objective.gate_beta",
+    "objective.dual_clip",
+    "objective.kl_coefficient",
+    "objective.invalid_action_penalty",
+    "skills.exploration",
+    "optimizer.weight_decay",
+    "optimizer.minibatch_rows",
+    "imitate.steps",
+    "evaluate.every",
+    "evaluate.temperature",
+)
+SHARES = (
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "imitate.noise",
+    "imitate.skilled_noise",
+    "imitate.misled",
+)
+WRITERS = ("tensorboard", "wandb")
+
+
+def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> None:
+    """Checks what can be checked before anything starts.
+
+    Args:
+      config: the settings of a run.
+      choices: known names of further settings, such as
+        {'objective.name': OBJECTIVES}: their homes lie above this module.
+
+    Raises:
+      Refused: with the setting, what was wanted and what came.
+    """
+    settings = dict(flatten(to_dict(config)))
+    for name, known in {**CHOICES, **choices}.items():
+        if settings[name] not in known:
+            raise Refused(
+                f"unknown {name}={settings[name]!r}; known: {', '.join(known)}"
+            )
+    for name, value in settings.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_number(name, value)
+    for name in filter(None, config.writers.split(",")):
+        if name not in WRITERS:
+            raise Refused(f"unknown writer {name!r}; known: {', '.join(WRITERS)}")
+    _check_model(config.model)
+    _check_lengths(config)
+
+
+def _check_number(name: str, value: float) -> None:
+    if name in SHARES:
+        right, wanted = 0 <= value <= 1, "between 0 and 1"
+    elif name in MAY_BE_ZERO:
+        right, wanted = 0 <= value < math.inf, "≥ 0"
+    else:
+        right, wanted = 0 < value < math.inf, "> 0"
+    if not right:
+        raise Refused(f"{name}={value} must be {wanted}")
+
+
+def _check_model(model: Model) -> None:
+    if model.heads % model.kv_heads:
+        raise Refused(
+            f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}"
+        )
+    if model.head_size % 2:
+        raise Refused(f"model.head_size={model.head_size} must be even for RoPE")
+    if model.required and not model.path:
+        raise Refused(
+            "this preset trains published weights and none were given; pass "
+            "--config.model.path=FOLDER, a Hugging Face folder with config.json and "
+            "*.safetensors, or leave the preset out for the embedded model"
+        )
+    if model.path and not (Path(model.path) / "config.json").is_file():
+        raise Refused(
+            f"model.path={model.path!r} is no Hugging Face folder: no config.json in it"
+        )
+
+
+def _check_lengths(config: Config) -> None:
+    rollout, prompt = config.rollout, config.prompt
+    if rollout.rows % rollout.group_size:
+        fits = [n for n in range(1, rollout.rows + 1) if rollout.rows % n == 0]
+        below = [n for n in fits if n < rollout.group_size][-1:]
+        above = [n for n in fits if n > rollout.group_size][:1]
+        raise Refused(
+            f"rollout.group_size={rollout.group_size} must divide "
+            f"rollout.rows={rollout.rows}; set group_size to "
+            + " or ".join(map(str, below + above))
+        )
+    window = prompt.max_prompt_length + prompt.max_response_length
+    if prompt.context == "whole" and prompt.max_length < window:
+        raise Refused(
+            f"prompt.max_length={prompt.max_length} must hold a first prompt and one "
+            f"reply: at least max_prompt_length + max_response_length = {window}"
+        )
+    size, boxes = config.environment.sokoban.size, config.environment.sokoban.boxes
+    if size < 4 or boxes > (size - 2) ** 2 // 3:
+        raise Refused(
+            f"environment.sokoban.size={size} has no room for {boxes} boxes and the "
+            f"player; make it larger"
+        )
+
+
+def claim_workdir(workdir: str, config: Config) -> bool:
+    """Makes the folder a run's own by writing config.json into it.
+
+    Returns:
+      Whether a run with the same settings was there before, to go on from.
+
+    Raises:
+      Refused: it belongs to a run with other settings, or cannot be written.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        before = json.loads(path.read_text()) if path.exists() else None
+        if before is None:
+            write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
+            return False
+    except OSError as error:
+        raise Refused(
+            f"workdir {workdir!r} cannot be used: {error.strerror}; "
+            f"pass --workdir=FOLDER that can be written"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise Refused(f"{path} is damaged; pass another --workdir") from error
+    changed = difference(before, to_dict(config))
+    if changed:
+        rows = [f"  {name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items()]
+        raise Refused(
+            f"workdir {workdir!r} belongs to a run with other settings; pass another "
+            f"--workdir or the same settings\n" + "\n".join(rows)
+        )
+    return True
