@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax import config as settings
-from skillsd_jax.losses import masking, objective, policy_gradient
+from skillsd_jax.losses import masking, objective
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.tokens import TokenBatch
 
@@ -102,8 +102,9 @@ class Learner:
         self.model, self.config = model, config
         self.recipe = objective.recipe(config.objective.name)
         self.optimizer = optimizer(config.optimizer, updates)
-        self.needs_teacher = "teacher" in self.recipe.needs
-        self.needs_reference = config.objective.kl_coefficient > 0
+        required = self.recipe.required(config.objective)
+        self.needs_teacher = "teacher" in required
+        self.needs_reference = "reference" in required
         self._update = jax.jit(self._iteration, donate_argnums=(0,))
 
     def init(self, params: Params) -> LearnerState:
@@ -170,24 +171,10 @@ class Learner:
 
     def _advantage(self, batch: TokenBatch) -> Float[Array, "M K b"]:
         """Group statistics run over the whole iteration, before it is split."""
-        setting = self.config.objective
-        flat = jax.tree.map(
-            lambda x: x.reshape(-1),
-            (batch.reward, batch.group, batch.trajectory),
-        )
-        reward, group, trajectory = flat
-        real = trajectory >= 0
-        group = jnp.where(real, group, reward.shape[0] - 1)
-        each = jnp.arange(reward.shape[0])
-        # With row statistics every row is its own episode, as in the released code.
-        episode = trajectory if setting.statistics == "trajectory" else each
-        advantage = policy_gradient.group_advantage(
-            reward,
-            group,
-            setting.normalize_std,
-            trajectory=jnp.where(real, episode, reward.shape[0] - 1),
-        )
-        return jnp.where(real, advantage, 0.0).reshape(batch.reward.shape)
+        rows = (batch.reward, batch.group, batch.trajectory)
+        flat = (x.reshape(-1) for x in rows)
+        advantage = objective.group_advantage(*flat, self.config.objective)
+        return advantage.reshape(batch.reward.shape)
 
     def _gradient(self, state: LearnerState, params, batch: TokenBatch, advantage):
         """Gradient of one minibatch, micro-batch by micro-batch.

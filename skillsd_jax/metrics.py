@@ -1,7 +1,10 @@
 """What a run says: writers of figures, the progress display, the final table."""
 
+import importlib.metadata
 import json
 import math
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,32 +12,33 @@ from pathlib import Path
 from typing import IO, Protocol, Self
 
 from skillsd_jax.artifacts import write_atomic
+from skillsd_jax.config import flatten
 from skillsd_jax.validation import Refused
 
 
 class Writer(Protocol):
-    """Takes the figures of one iteration. Steps only grow."""
+    """Takes the figures of one iteration: numbers, text, and dicts of them."""
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None: ...
+    def write(self, iteration: int, values: Mapping) -> None: ...
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """metrics.jsonl: one object per step, on disk when `write` returns.
+    """metrics.jsonl: one object per iteration, on disk when `write` returns.
 
     Args:
-      path: the file; lines of an earlier run stay up to step `start`, exclusive.
-      start: the first step that will be written.
+      path: the file; lines of an earlier run stay where they lie before `start`.
+      start: the first iteration that will be written.
     """
 
     def __init__(self, path: Path | str, start: int = 0):
-        kept = [json.dumps(row) for row in read(path) if row["step"] < start]
+        kept = [json.dumps(row) for row in read(path) if row["iteration"] < start]
         write_atomic(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        row = {"step": step} | {name: _plain(value) for name, value in values.items()}
+    def write(self, iteration: int, values: Mapping) -> None:
+        row = {"iteration": iteration, **_plain(values)}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -43,7 +47,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; text is left out."""
+    """Scalars for TensorBoard, a dict's entries under its name; text is left out."""
 
     def __init__(self, folder: Path | str, start: int = 0):
         try:
@@ -52,10 +56,10 @@ class TensorBoard:
             raise _missing("tensorboard") from error
         self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=start)
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        for name, value in values.items():
+    def write(self, iteration: int, values: Mapping) -> None:
+        for name, value in flatten(values):
             if not isinstance(value, str):
-                self._writer.add_scalar(name, float(value), step)
+                self._writer.add_scalar(name.replace(".", "/"), value, iteration)
         self._writer.flush()
 
     def close(self) -> None:
@@ -65,37 +69,49 @@ class TensorBoard:
 class WeightsAndBiases:
     """A Weights & Biases run named after the workdir, resumed with it."""
 
-    def __init__(self, folder: Path | str, config: Mapping):
+    def __init__(self, workdir: Path):
         try:
             import wandb
         except ImportError as error:
             raise _missing("wandb") from error
-        name = Path(folder).name
         self._run = wandb.init(
             project="skillsd_jax",
-            dir=str(folder),
-            id=name,
+            dir=str(workdir),
+            id=workdir.resolve().name,
             resume="allow",
-            config=dict(config),
+            config=json.loads((workdir / "config.json").read_text()),
         )
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        self._run.log(dict(values), step=step)
+    def write(self, iteration: int, values: Mapping) -> None:
+        self._run.log(dict(values), step=iteration)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def open_writers(
-    workdir: Path | str, extra: str, start: int, config: Mapping
-) -> list[Writer]:
-    """The writers of a run: metrics.jsonl always, then those named in `extra`.
+class Several:
+    """Writes to each of several writers."""
+
+    def __init__(self, writers: Sequence[Writer]):
+        self.writers = tuple(writers)
+
+    def write(self, iteration: int, values: Mapping) -> None:
+        for writer in self.writers:
+            writer.write(iteration, values)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+def open_writer(extra: str, workdir: Path | str, start: int) -> Several:
+    """The writer of a run: metrics.jsonl always, then the sinks named in `extra`.
 
     Args:
-      workdir: where they write.
       extra: comma-separated: tensorboard, wandb.
-      start: the first step that will be written; later ones of an earlier run go.
-      config: settings, for the sinks that show them.
+      workdir: where they write.
+      start: the first iteration that will be written; what an earlier run wrote of it
+        and of later ones goes.
 
     Raises:
       Refused: a sink is unknown or not installed.
@@ -103,16 +119,14 @@ def open_writers(
     workdir = Path(workdir)
     sinks: dict[str, Callable[[], Writer]] = {
         "tensorboard": lambda: TensorBoard(workdir / "tensorboard", start),
-        "wandb": lambda: WeightsAndBiases(workdir, config),
+        "wandb": lambda: WeightsAndBiases(workdir),
     }
     names = [name for name in extra.split(",") if name]
     for name in names:
         if name not in sinks:
             raise Refused(f"unknown writer {name!r}; known: {', '.join(sinks)}")
-    return [
-        JsonLines(workdir / "metrics.jsonl", start),
-        *(sinks[name]() for name in names),
-    ]
+    lines = JsonLines(workdir / "metrics.jsonl", start)
+    return Several([lines, *(sinks[name]() for name in names)])
 
 
 def read(path: Path | str) -> list[dict]:
@@ -125,6 +139,58 @@ def read(path: Path | str) -> list[dict]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def write_summary(path: Path | str, summary: Mapping) -> None:
+    """Writes summary.json; a figure that is not finite becomes null."""
+    text = json.dumps(_plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
+    write_atomic(path, text + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages a result may depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+PACKAGES = (
+    "skillsd_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "transformers",
+    "sentencepiece",
+    "alfworld",
+    "textworld",
+)
+
+
+def commit() -> str | None:
+    """The commit of this code, '+' behind it when files differ; None outside git."""
+    folder = Path(__file__).resolve().parent
+    texts = []
+    for command in ("rev-parse HEAD", "status --porcelain --untracked-files=no"):
+        try:
+            answer = subprocess.run(
+                ["git", *command.split()],
+                check=False,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+            )
+        except FileNotFoundError:
+            return None
+        if answer.returncode:
+            return None
+        texts.append(answer.stdout.strip())
+    return texts[0] + "+" * bool(texts[1])
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -152,7 +218,7 @@ SHOWN = {
     "success": "{:.1%}",
     "gap": "{:+.3f}",
     "gate": "{:.2f}",
-    "tokens_per_s": "{:,.0f}",
+    "tokens/s": "{:,.0f}",
 }
 
 
@@ -161,7 +227,6 @@ class Progress:
 
     Args:
       total: iterations.
-      start: iterations done before, when a run goes on.
       stream: where it goes; default standard output.
       enabled: False on every process but the first.
       clock: seconds; for the time left.
@@ -170,16 +235,13 @@ class Progress:
     def __init__(
         self,
         total: int,
-        start: int = 0,
         stream: IO[str] | None = None,
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._total, self._start = total, start
+        self._total, self._enabled, self._clock = total, enabled, clock
         self._stream = stream or sys.stdout
-        self._enabled = enabled
-        self._clock = clock
-        self._begun = clock()
+        self._first: tuple[int, float] | None = None  # iteration shown first, when
         self._live = None
 
     def __enter__(self) -> Self:
@@ -196,20 +258,24 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def update(self, done: int, values: Mapping[str, float]) -> None:
-        """Shows the figures after `done` iterations; unknown ones read –."""
+    def iteration(self, iteration: int, record: Mapping) -> None:
+        """Shows the figures of an iteration that is over; unknown ones read –."""
+        seconds = sum(record.get("seconds", {}).values())
+        values = {**record}
+        if seconds and "tokens" in record:
+            values["tokens/s"] = record["tokens"] / seconds
         figures = [
             f"{name} {shape.format(values[name]) if name in values else '–'}"
             for name, shape in SHOWN.items()
         ]
-        left = f"left {self._left(done)}"
-        line = "  ".join([f"iteration {done}/{self._total}", *figures, left])
-        if not self._enabled:
-            return
+        if "evaluation" in record:
+            figures.insert(1, f"held-out {record['evaluation']['success']:.1%}")
+        done, left = iteration + 1, self._left(iteration)
+        text = f"iteration {done}/{self._total}  {'  '.join(figures)}  left {left}"
         if self._live is None:
-            print(line, file=self._stream, flush=True)
+            self.say(text)
         else:
-            self._live.update(self._bar(done, line), refresh=True)
+            self._live.update(self._bar(done, text), refresh=True)
 
     def say(self, text: str) -> None:
         """A line of its own: a phase begins, a panel was played."""
@@ -220,28 +286,33 @@ class Progress:
         else:
             self._live.console.print(text, markup=False, highlight=False)
 
-    def _bar(self, done: int, line: str):
+    def _bar(self, done: int, text: str):
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.text import Text
 
-        return Group(ProgressBar(total=max(self._total, 1), completed=done), Text(line))
+        # The bar ends without a newline: it goes last.
+        return Group(Text(text), ProgressBar(total=max(self._total, 1), completed=done))
 
-    def _left(self, done: int) -> str:
-        if done <= self._start:
+    def _left(self, iteration: int) -> str:
+        """Minutes and seconds, from the pace since the first iteration shown."""
+        now = self._clock()
+        if self._first is None:
+            self._first = iteration, now
+        first, begun = self._first
+        if iteration == first:
             return "–"
-        each = (self._clock() - self._begun) / (done - self._start)
-        seconds = round(each * (self._total - done))
+        pace = (now - begun) / (iteration - first)
+        seconds = round(pace * (self._total - iteration - 1))
         return f"{seconds // 60}:{seconds % 60:02d}"
 
 
-def final_table(summary: Mapping, workdir: Path | str) -> str:
-    """Warm start → trained, the teacher, and where everything lies.
+def table(summary: Mapping) -> str:
+    """Warm start → trained, and what the teacher reaches with a skill.
 
     Args:
       summary: what summary.json holds; each panel is {'success', 'low', 'high', 'n'}
         as fractions. A panel that was not played is left out.
-      workdir: of the run.
     """
     temperature = summary["config"]["evaluate"]["temperature"]
     rows = [("", "warm start", "trained", "change")]
@@ -252,19 +323,22 @@ def final_table(summary: Mapping, workdir: Path | str) -> str:
             rows.append((label, _rate(before), _rate(after), f"{change:+.1f} points"))
             rows += _families(before, after)
     for label, name in (
-        ("shown a skill", "teacher_before"),
-        ("same tasks, no skill", "student_on_teacher_panel"),
+        ("teacher, expert's skill", "teacher_before"),
+        ("teacher, own skill", "teacher_before_own_skills"),
+        ("student, same tasks", "student_on_teacher_panel"),
     ):
         if name in summary:
             rows.append((label, _rate(summary[name]), "", ""))
-    lines = [_line(row, rows) for row in rows]
-    panel = summary.get("panel", {})
-    lines.append("")
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()
+        for row in rows
+    ]
+    panel = summary["panel"]
     lines.append(
-        f"test panel: {panel.get('size', '?')} {summary.get('data', '')} tasks, hash "
-        f"{panel.get('hash', '?')}; [ ]: 95 % interval"
+        f"held-out panel: {panel['size']} tasks ({summary['data']}), hash "
+        f"{panel['hash']}; [ ]: 95 % interval"
     )
-    lines.append(f"everything lies in {workdir}: {', '.join(_files(Path(workdir)))}")
     return "\n".join(lines)
 
 
@@ -282,24 +356,12 @@ def _rate(panel: Mapping[str, float]) -> str:
     return f"{100 * panel['success']:.1f} % [{low:.1f}, {high:.1f}]"
 
 
-def _line(row: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(other[i]) for other in rows) for i in range(len(row))]
-    cells = [f"{cell:<{width}}" for cell, width in zip(row, widths)]
-    return "  ".join(cells).rstrip()
-
-
-def _files(workdir: Path) -> list[str]:
-    if not workdir.is_dir():
-        return []
-    return [
-        path.name + "/" * path.is_dir()
-        for path in sorted(workdir.iterdir())
-        if not path.name.startswith(".")
-    ]
-
-
-def _plain(value) -> float | int | str | None:
+def _plain(value):
     """A value for JSON; what is not finite becomes null, which no reader misreads."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if hasattr(value, "item"):  # a numpy or jax scalar
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

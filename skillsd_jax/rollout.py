@@ -158,6 +158,8 @@ def collect(
             step = environment.reset(int(seed))
             task = environment.task()
             text = hint(task) if hint else None
+            if text is not None and not player.prompter.fits(text):
+                text = None
             episodes.append(Episode(first + offset, environment, task, step, text))
         ask = context(player, params, key, temperature)
         live = episodes
@@ -222,8 +224,9 @@ class _Whole:
         for episode in live:
             start = not episode.contexts
             if not start:
-                segment = prompter.following(episode.step)
                 context = episode.contexts[-1]
+                stopped = context[-1].tokens[-1] == player.encoder.stop_id
+                segment = prompter.following(episode.step, stopped)
                 total = len(_ids(context)) + len(segment.tokens)
                 start = total + reserve > window
                 episode.cut += int(start)

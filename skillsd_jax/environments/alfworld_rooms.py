@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +80,7 @@ class Room:
         return sorted(chosen, key=lambda r: mangled(r.id), reverse=True)
 
 
+@functools.cache
 def wheel() -> Path:
     """Folder of the alfworld package.
 
@@ -142,10 +144,10 @@ def scenes(split: str, rooms: str) -> list[int]:
     return [n for n in numbers if rooms == "all" or n in kitchens]
 
 
-def homes(room: Room, cls: str, avoid: str = "") -> dict[str, float]:
-    """Probability of each receptacle class to hold an object of class `cls`."""
+def homes(kinds: Sequence[str], cls: str, avoid: str = "") -> dict[str, float]:
+    """Chance of each receptacle class of a room to hold an object of class `cls`."""
     holds = constants().VAL_RECEPTACLE_OBJECTS
-    kinds = [k for k in room.kinds if k != avoid and cls in holds[k]]
+    kinds = [k for k in kinds if k != avoid and cls in holds[k]]
     usual = [k for k in _home_table().get(cls, ()) if k in kinds]
     order = usual + [k for k in kinds if k not in usual]
     rest = (1 - sum(_HOME_WEIGHTS)) / max(1, len(order) - len(_HOME_WEIGHTS))
@@ -165,7 +167,9 @@ def position(rng: np.random.Generator) -> str:
     return "|".join(f"{value:+06.2f}" for value in values)
 
 
-def _added_receptacles(number: int, found: set[str], have: set[str]):
+def _added_receptacles(
+    number: int, found: set[str], have: set[str]
+) -> list[Receptacle]:
     rng = np.random.default_rng(number)
     added = []
     for cls, count in _WITHOUT_POSE.items():
@@ -189,6 +193,12 @@ def _fitted(whole: Room, max_receptacles: int) -> Room:
 def _home_table() -> dict[str, tuple[str, ...]]:
     entries = (entry.split(":") for entry in _HOMES.split(";"))
     return {cls.strip(): tuple(kinds.split()) for cls, kinds in entries}
+
+
+@functools.cache
+def text(path: Path) -> str:
+    """A text file of the wheel, read once."""
+    return path.read_text()
 
 
 @functools.cache

@@ -48,6 +48,7 @@ class Environment(Protocol):
     """
 
     max_steps: int  # the environment ends the episode itself after that many steps
+    data: str  # 'generated' or 'original': said in every result
 
     def reset(self, seed: int) -> TimeStep:
         """Starts episode `seed`, an index into the split: any int ≥ 0."""
@@ -77,6 +78,13 @@ class Environment(Protocol):
           rng: source of every choice.
           workflow: commands of a skill, in order.
           noise: probability of a random command instead.
+        """
+        ...
+
+    def expert_commands(self) -> list[str]:
+        """Commands that solve the episode from its start, read off the hidden state.
+
+        Only for demonstrations and for the skills of the teacher's own panel.
         """
         ...
 

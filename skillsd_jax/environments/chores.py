@@ -16,6 +16,7 @@ STATES = {"heat": "hot", "cool": "cold", "clean": "clean"}
 MOVE = "move {thing} to {place}"
 OLD_MOVE = "put {thing} in/on {place}"  # games made by alfworld 0.3 and earlier
 SHOWN = 5  # objects in sight that the notes list; those of the task come first
+_LONGEST = 80  # characters of a command; keeps nonsense out of the notes
 
 _NAME = r"[a-z]+(?: \d+)?"
 _COMMAND = re.compile(
@@ -57,7 +58,7 @@ class Command:
 @functools.lru_cache(maxsize=8192)
 def read_command(text: str) -> Command | None:
     """Takes a command apart; None if the grammar has no such command."""
-    match = _COMMAND.fullmatch(text)
+    match = _COMMAND.fullmatch(text) if len(text) <= _LONGEST else None
     if match is None:
         return None
     parts = {k.rstrip("0123456789"): v for k, v in match.groupdict().items() if v}

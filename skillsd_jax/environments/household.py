@@ -82,11 +82,11 @@ def draw_level(split: str, seed: int) -> Level:
     leaves the prior untouched; removing near-duplicates would flatten it.
     """
     number = split_index(split)
-    for attempt in itertools.count():
-        level = _draw(np.random.default_rng([number, seed, attempt]))
-        if in_split(split, repr(dataclasses.astuple(level))):
-            return level
-    raise AssertionError("unreachable")
+    draws = (
+        _draw(np.random.default_rng([number, seed, attempt]))
+        for attempt in itertools.count()
+    )
+    return next(x for x in draws if in_split(split, repr(dataclasses.astuple(x))))
 
 
 def _draw(rng: np.random.Generator) -> Level:
@@ -108,6 +108,7 @@ class Household:
     def __init__(self, split: str = "train", require_think: bool = False, **options):
         split_index(split)  # refuses an unknown split
         self.max_steps = config.Household(**options).max_steps
+        self.data = "generated"
         self._split = split
         self._require_think = require_think
         self._level: Level | None = None
@@ -171,6 +172,20 @@ class Household:
         command = chores.player(self._notes, rng, workflow, noise, self._knows_tools)
         return f"<action>{command}</action>"
 
+    def expert_commands(self) -> list[str]:
+        level = self._level
+        thing, verb = OBJECTS[level.objects[0]], FAMILIES[level.family]
+        source, goal = PLACES[level.places[0]], PLACES[level.destination]
+        plan = [f"go to {source}", f"take {thing} from {source}"]
+        if verb in chores.TOOLS:
+            kind = chores.TOOLS[verb]
+            (tool,) = (place for place in PLACES if chores.matches(place, kind))
+            plan += [f"go to {tool}"] * (tool != source)
+            plan.append(f"{verb} {thing} with {tool}")
+            source = tool
+        plan += [f"go to {goal}"] * (goal != source)
+        return [*plan, chores.MOVE.format(thing=thing, place=goal)]
+
     @classmethod
     def lexicon(cls, **options) -> list[str]:
         return chores.lexicon([*PLACES, *OBJECTS])
@@ -195,14 +210,13 @@ class Household:
             self._where[thing] = here
             return f"You move the {thing} to the {here}."
         states = self._states.setdefault(thing, set())
-        if (
-            chores.matches(here, chores.TOOLS[verb])
-            and chores.STATES[verb] not in states
-        ):
-            states -= {"hot", "cold"} if verb != "clean" else set()
-            states.add(chores.STATES[verb])
-            return f"You {verb} the {thing} using the {here}."
-        return ""
+        tool, state = chores.TOOLS.get(verb, ""), chores.STATES.get(verb, "")
+        if not chores.matches(here, tool) or state in states:
+            return ""
+        if verb != "clean":
+            states -= {"hot", "cold"}
+        states.add(state)
+        return f"You {verb} the {thing} using the {here}."
 
     def _look(self, command: chores.Command) -> str:
         """The engine's words on a command that only looks; "" for any other."""

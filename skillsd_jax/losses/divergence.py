@@ -38,7 +38,8 @@ def jsd(
     Args:
       student_logits: differentiated.
       teacher_logits: detached.
-      alpha: in [0, 1]; 0 at both ends. ½ is symmetric and at most log 2.
+      alpha: in (0, 1); towards either end the value vanishes. ½ is symmetric and at
+        most log 2.
 
     Source: generalised JSD, arXiv 2306.13649; ½ in OPSD, arXiv 2601.18734.
     """
@@ -113,7 +114,10 @@ def _jsd(
     student: Float[Array, "... V"], teacher: Float[Array, "... V"], alpha: float = 0.5
 ) -> Float[Array, "..."]:
     alpha = jnp.asarray(alpha, student.dtype)
-    mixture = jnp.logaddexp(jnp.log(alpha) + teacher, jnp.log1p(-alpha) + student)
+    # A word both exclude is no part of either sum; logaddexp has no slope there.
+    absent = (student == -jnp.inf) & (teacher == -jnp.inf)
+    s, t = jnp.where(absent, 0, student), jnp.where(absent, 0, teacher)
+    mixture = jnp.logaddexp(jnp.log(alpha) + t, jnp.log1p(-alpha) + s)
     return alpha * _kl(teacher, mixture) + (1 - alpha) * _kl(student, mixture)
 
 

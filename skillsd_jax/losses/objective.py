@@ -73,6 +73,7 @@ class Signals:
     row_count: Float[Array, ""] | None = None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What a term or a whole objective gives back.
@@ -123,13 +124,13 @@ class Recipe:
                 "which came as None; compute every signal in recipe.required(…)"
             )
         inside = _inside(signals)
-        outputs = [term(inside, objective) for term in self.terms]
-        return Output(
-            terms={k: v for o in outputs for k, v in o.terms.items()},
-            metrics=stop_gradient(
-                {k: v for o in outputs for k, v in o.metrics.items()}
-            ),
-        )
+        terms, metrics = {}, {}
+        for term in self.terms:
+            output = term(inside, objective)
+            for name, value in output.terms.items():
+                terms[name] = terms.get(name, 0) + value
+            metrics |= output.metrics
+        return Output(terms, stop_gradient(metrics))
 
 
 PER_TOKEN = (

@@ -43,7 +43,7 @@ def group_advantage(
     peers = _same(group, real)
     mates = _same(jnp.arange(group.size) if trajectory is None else trajectory, real)
     mates = mates & peers
-    above = reward - jnp.min(reward, axis=-1, where=peers, initial=jnp.inf)
+    above = reward - jnp.min(jnp.where(peers, reward, jnp.inf), axis=-1)
     share = 1 / jnp.sum(mates, axis=-1)  # of its episode that a row stands for
     value = share * _sum(above, mates)
     n = _sum(share, peers)

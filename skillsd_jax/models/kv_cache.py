@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 if TYPE_CHECKING:
     from skillsd_jax.models.qwen import ModelConfig

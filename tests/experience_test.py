@@ -1,0 +1,148 @@
+"""From trajectories to rows: skills come from siblings, faults are left out."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from skillsd_jax import config as settings
+from skillsd_jax import experience
+from skillsd_jax.prompts import Prompter
+from skillsd_jax.skills import bank as skill_bank
+from skillsd_jax.trajectory import Task, Trajectory, Turn
+
+
+class Words:
+    """One id per word; enough of a tokenizer for prompting."""
+
+    stop_id = 1
+
+    def __init__(self):
+        self.ids = {}
+
+    def encode(self, text):
+        return [self.ids.setdefault(word, len(self.ids) + 10) for word in text.split()]
+
+    def decode(self, ids):
+        words = {value: word for word, value in self.ids.items()}
+        return " ".join(words.get(int(i), "") for i in ids)
+
+    def open_turn(self, role):
+        return [2]
+
+    def close_turn(self):
+        return [1]
+
+
+@pytest.fixture
+def prompter():
+    return Prompter(Words(), settings.Prompt())
+
+
+def episode(prompter, seed, actions, success, ending="", valid=True):
+    task = Task("household", seed, "train", "pick", "put some apple in shelf 1")
+    turns, contexts = [], []
+    for action in actions:
+        turn = Turn("at: middle", action, action, valid, True, 0.0, "")
+        segments, _ = prompter.opening(task, _Step(turn.observation), ())
+        ids = [*prompter.encoder.encode(action), 1]
+        contexts.append((*segments, prompter.reply(ids, [-0.5] * len(ids))))
+        turns.append(turn)
+    turns[-1] = dataclasses.replace(turns[-1], reward=float(success))
+    return Trajectory(
+        task=task,
+        turns=tuple(turns),
+        contexts=tuple(contexts),
+        reward=float(success),
+        success=success,
+        ending=ending or ("success" if success else "limit"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    observation: str
+    admissible: tuple = ()
+
+
+SOLVED = (
+    "go to fridge 1",
+    "take apple 1 from fridge 1",
+    "go to shelf 1",
+    "move apple 1 to shelf 1",
+)
+
+
+@pytest.fixture
+def played(prompter):
+    return experience.Experience(
+        trajectories=[
+            episode(prompter, 3, SOLVED, True),
+            episode(prompter, 3, ("go to shelf 1", *SOLVED), True),
+            episode(prompter, 3, ("go to shelf 1",), False),
+            episode(prompter, 4, ("go to fridge 1",), False, "error"),
+        ],
+        groups=[0, 0, 0, 1],
+        iteration=5,
+    )
+
+
+def shown(played, **options):
+    config = settings.Skills(**options)
+    bank = skill_bank.Bank(config.capacity)
+    bank.absorb(experience.summarize(played, config.per_group))
+    rng = np.random.default_rng(0)
+    return bank, experience.retrieve(played, bank, config, rng)
+
+
+def test_the_best_episodes_of_a_group_are_summarised(played):
+    made = experience.summarize(played, per_group=2)
+    assert [skill.source for skill in made] == ["5/0", "5/1"]
+    assert made[0].golden_workflow == SOLVED
+
+
+def test_no_row_is_shown_the_skill_of_its_own_episode(played):
+    _, skills = shown(played)
+    sources = [skill.source for skill in skills[:3]]
+    assert sources[:2] == ["5/1", "5/0"] and sources[2] in ("5/0", "5/1")
+
+
+def test_every_row_of_a_skilled_episode_carries_the_skill_whole(played, prompter):
+    _, skills = shown(played)
+    views = experience.views(played, skills, prompter, penalty=0.0)
+    assert len(views.rows) == 4 + 5 + 1
+    assert all(row.teacher is not None for row in views.rows)
+    for row in views.rows:
+        extra = sum(len(s.tokens) for s in row.teacher)
+        assert extra > sum(len(s.tokens) for s in row.student)
+
+
+def test_an_episode_that_broke_leaves_no_row_and_is_counted(played, prompter):
+    _, skills = shown(played)
+    views = experience.views(played, skills, prompter, penalty=0.0)
+    assert {row.trajectory for row in views.rows} == {0, 1, 2}
+    figures = experience.figures(played.trajectories)
+    assert figures["endings"] == {"error": 1, "limit": 1, "success": 2}
+    assert figures["success"] == pytest.approx(2 / 3)
+
+
+def test_a_skill_too_long_to_show_whole_is_dropped_and_counted(played):
+    narrow = Prompter(Words(), settings.Prompt(max_skill_length=2))
+    _, skills = shown(played)
+    views = experience.views(played, skills, narrow, penalty=0.0)
+    assert views.dropped == 3
+    assert all(row.teacher is None for row in views.rows)
+    assert views.shown[:3] == [None] * 3
+
+
+def test_invalid_turns_cost_the_penalty_each(prompter):
+    bad = episode(prompter, 3, ("dance", "sing"), False, valid=False)
+    played = experience.Experience([bad], [0], 0)
+    views = experience.views(played, [None], prompter, penalty=0.1)
+    assert [row.reward for row in views.rows] == pytest.approx([-0.2, -0.2])
+
+
+def test_turns_count_on_over_windowed_rows(played, prompter):
+    views = experience.views(played, [None] * 4, prompter, penalty=0.0)
+    first = [list(row.turns) for row in views.rows if row.trajectory == 0]
+    assert first == [[0], [1], [2], [3]]

@@ -1,0 +1,181 @@
+"""The update: exact over micro-batches, teachers kept as named, padding inert."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from skillsd_jax import config as settings
+from skillsd_jax import learner, tokens
+from skillsd_jax.models import qwen
+
+MODEL = qwen.ModelConfig(
+    vocab=32, width=16, layers=1, heads=2, kv_heads=1, head_size=8, hidden=32
+)
+ROWS, LENGTH, SCORED = 10, 12, 4
+
+
+@pytest.fixture(scope="module")
+def params():
+    return qwen.init(MODEL, jax.random.key(0))
+
+
+def batch(rows=ROWS, size=ROWS + 1, seed=0):
+    """Random rows of two groups; the rest is padding."""
+    rng = np.random.default_rng(seed)
+
+    def view(extra):
+        ids = np.zeros((size, LENGTH + extra), np.int32)
+        ids[:rows] = rng.integers(0, MODEL.vocab, (rows, LENGTH + extra))
+        scored = np.ones((size, SCORED), np.int32)
+        scored[:rows] = np.arange(SCORED) + extra + 5
+        return ids, scored
+
+    (plain, at), (skilled, teacher_at) = view(0), view(3)
+    skilled[:rows, 8:12] = plain[:rows, 5:9]
+    count = rng.integers(1, SCORED + 1, rows)
+    mask = np.zeros((size, SCORED), np.float32)
+    mask[:rows] = np.arange(SCORED) < count[:, None]
+    trajectory = np.full(size, -1, np.int32)
+    trajectory[:rows] = np.arange(rows)
+    reward = np.zeros(size, np.float32)
+    reward[:rows] = rng.integers(0, 2, rows)
+    full = np.full(size, LENGTH, np.int32)
+    return tokens.TokenBatch(
+        student=tokens.TokenView(tokens=plain, length=full, scored=at),
+        teacher=tokens.TokenView(tokens=skilled, length=full + 3, scored=teacher_at),
+        old=(-3 * mask).astype(np.float32),
+        mask=mask,
+        segment=(2 * mask).astype(np.int32),
+        turn=np.where(mask > 0, 0, -1).astype(np.int32),
+        anchor=np.zeros((size, SCORED), np.int32),
+        skilled=(trajectory % 3 != 0).astype(np.float32) * (trajectory >= 0),
+        reward=reward,
+        group=np.where(trajectory < 0, 0, trajectory % 2).astype(np.int32),
+        trajectory=trajectory,
+        success=reward,
+    )
+
+
+def configured(**optimizer):
+    config = settings.Config()
+    config.optimizer = dataclasses.replace(
+        settings.Optimizer(), **{"minibatches": 1, "micro_rows": 4, **optimizer}
+    )
+    return config
+
+
+def updated(config, params, data, order=None):
+    made = learner.Learner(MODEL, config, updates=10)
+    state = made.init(jax.tree.map(jnp.copy, params))
+    order = np.arange(ROWS) if order is None else order
+    state, sums = made.update(state, learner.arrange(data, order, config.optimizer))
+    return state, learner.means(sums)
+
+
+def assert_same(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_allclose(x, y, atol=tolerance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("name", ["grpo", "skill_sd", "sdar"])
+def test_micro_batches_change_nothing_but_rounding(params, name, mode):
+    one, many = configured(micro_rows=16), configured(micro_rows=2)
+    for config in (one, many):
+        config.objective.name, config.objective.loss_agg_mode = name, mode
+        config.optimizer.learning_rate = 1e-2
+    whole, figures = updated(one, params, batch())
+    parts, figures_of_parts = updated(many, params, batch())
+    assert figures.keys() == figures_of_parts.keys()
+    for key, value in figures.items():
+        assert figures_of_parts[key] == pytest.approx(value, abs=1e-5, rel=1e-4), key
+    # Adam divides by the gradient's size: compare its first moment, not the weights.
+    assert_same(whole.optimizer, parts.optimizer, 1e-6)
+
+
+def test_the_order_of_rows_changes_nothing_but_rounding(params):
+    a, _ = updated(configured(), params, batch())
+    b, _ = updated(configured(), params, batch(), order=np.arange(ROWS)[::-1])
+    assert_same(a.optimizer, b.optimizer, 1e-6)
+
+
+def test_padding_rows_change_nothing(params):
+    a, _ = updated(configured(), params, batch())
+    b, _ = updated(configured(), params, batch(size=3 * ROWS))
+    assert_same(a.optimizer, b.optimizer, 1e-6)
+
+
+def test_minibatch_rows_fill_as_many_updates_as_there_are_rows(params):
+    config = configured(minibatch_rows=5, micro_rows=1)
+    arranged = learner.arrange(batch(size=41), np.arange(ROWS), config.optimizer)
+    filled = (arranged.mask.sum((1, 2, 3)) > 0).sum()
+    assert arranged.mask.shape[0] == 9 and filled == 2
+    state, figures = updated(config, params, batch(size=41))
+    counts = [x for x in jax.tree.leaves(state.optimizer) if x.ndim == 0]
+    assert {int(count) for count in counts} == {2}
+    assert figures["grad_norm"] > 0
+
+
+def test_every_row_is_dealt_once():
+    config = configured(minibatches=3)
+    order = np.random.default_rng(0).permutation(ROWS)
+    arranged = learner.arrange(batch(), order, config.optimizer)
+    dealt = arranged.trajectory[arranged.trajectory >= 0]
+    np.testing.assert_array_equal(np.sort(dealt), np.arange(ROWS))
+
+
+@pytest.mark.parametrize("kind,same", [("frozen", True), ("periodic", False)])
+def test_a_periodic_teacher_follows_and_a_frozen_one_stays(params, kind, same):
+    config = configured()
+    config.teacher.kind, config.teacher.every = kind, 2
+    made = learner.Learner(MODEL, config, updates=10)
+    state = made.init(jax.tree.map(jnp.copy, params))
+    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    state, _ = made.update(state, arranged)
+    assert_same(state.teacher, params, 0)
+    state, _ = made.update(state, arranged)
+    reference = params if same else state.params
+    assert_same(state.teacher, reference, 0)
+    moved = jnp.abs(state.params["embed"] - params["embed"]).max()
+    assert moved > 0
+
+
+def test_a_live_teacher_is_the_student_itself(params):
+    config = configured(learning_rate=1e-3)
+    config.teacher.kind = "live"
+    data = batch()
+    data = dataclasses.replace(data, teacher=data.student)
+    state, figures = updated(config, params, data)
+    assert state.teacher is None
+    assert figures["gap"] == pytest.approx(0, abs=1e-6)
+
+
+def test_rows_without_a_skill_add_no_distillation(params):
+    data = dataclasses.replace(batch(), skilled=np.zeros(ROWS + 1, np.float32))
+    skill_sd, grpo = configured(), configured()
+    grpo.objective.name = "grpo"
+    a, figures = updated(skill_sd, params, data)
+    b, _ = updated(grpo, params, data)
+    assert figures["loss_distillation"] == 0
+    assert_same(a.params, b.params, 0)
+
+
+def test_grpo_keeps_no_teacher_and_no_reference(params):
+    config = configured()
+    config.objective.name = "grpo"
+    state = learner.Learner(MODEL, config, updates=1).init(params)
+    assert state.teacher is None and state.reference is None
+
+
+def test_the_update_compiles_once(params):
+    config = configured()
+    made = learner.Learner(MODEL, config, updates=10)
+    state = made.init(jax.tree.map(jnp.copy, params))
+    for rows in (10, 7, 3):
+        data = batch(rows=rows, size=ROWS + 1)
+        arranged = learner.arrange(data, np.arange(rows), config.optimizer)
+        state, _ = made.update(state, arranged)
+    assert made._update._cache_size() == 1

@@ -1,0 +1,118 @@
+import os
+import re
+
+import pytest
+
+from skillsd_jax import config, validation
+
+
+def changed(name: str, value) -> config.Config:
+    result = config.Config()
+    *sections, last = name.split(".")
+    holder = result
+    for section in sections:
+        holder = getattr(holder, section)
+    assert hasattr(holder, last)
+    setattr(holder, last, value)
+    return result
+
+
+def test_the_defaults_are_valid():
+    validation.validate(config.Config())
+
+
+def test_every_listed_name_is_a_setting():
+    names = dict(config.flatten(config.to_dict(config.Config())))
+    listed = {*validation.CHOICES, *validation.MAY_BE_ZERO, *validation.SHARES}
+    assert listed <= names.keys()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("rollout.group_size", 5, r"5 must divide rollout.rows=128; .* to 4 or 8"),
+        ("rollout.group_size", 256, r"must divide .* to 128"),
+        ("rollout.group_size", 0, "must be > 0"),
+        ("teacher.kind", "ema", "'ema'; known: live, periodic, frozen"),
+        ("prompt.context", "full", "known: windowed, whole"),
+        ("objective.gate", "sigmoid", "known: gap, entropy, soft_or"),
+        ("objective.loss_agg_mode", "mean", "known: token-mean, seq-mean-token-sum"),
+        ("evaluate.split", "train", "known: validation, test"),
+        ("evaluate.temperature", -0.1, "must be ≥ 0"),
+        ("optimizer.learning_rate", float("nan"), "must be > 0"),
+        ("optimizer.learning_rate", float("inf"), "must be > 0"),
+        ("imitate.noise", 1.5, "between 0 and 1"),
+        ("prompt.max_response_length", -1, "must be > 0"),
+        ("seed", -1, "must be ≥ 0"),
+        ("model.kv_heads", 3, "must divide model.heads=4"),
+        ("model.head_size", 15, "even"),
+        ("model.path", "nowhere", "no config.json"),
+        ("model.required", True, r"--config.model.path=FOLDER"),
+        ("writers", "tensorboard,clu", "'clu'; known: tensorboard, wandb"),
+        ("environment.sokoban.boxes", 9, "no room for 9 boxes"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_to_do(name, value, message):
+    with pytest.raises(validation.Refused, match=message):
+        validation.validate(changed(name, value))
+
+
+def test_a_window_too_small_for_one_reply_is_refused():
+    settings = changed("prompt.context", "whole")
+    settings.prompt.max_length = 107  # 96 + 12 are wanted
+    with pytest.raises(validation.Refused, match="= 108"):
+        validation.validate(settings)
+    settings.prompt.max_length = 108
+    validation.validate(settings)
+
+
+def test_names_from_above_are_checked_when_given():
+    settings = changed("objective.name", "ppo")
+    validation.validate(settings)
+    with pytest.raises(validation.Refused, match=r"'ppo'; known: grpo, sdar"):
+        validation.validate(settings, {"objective.name": {"grpo": 1, "sdar": 2}})
+
+
+def test_a_published_preset_takes_a_hugging_face_folder(tmp_path):
+    settings = changed("model.required", True)
+    (tmp_path / "config.json").write_text("{}")
+    settings.model.path = str(tmp_path)
+    validation.validate(settings)
+
+
+def test_a_workdir_is_claimed_once_and_taken_up_again(tmp_path):
+    folder = str(tmp_path / "a" / "run")
+    assert validation.claim_workdir(folder, config.Config()) is False
+    assert validation.claim_workdir(folder, config.Config()) is True
+
+
+def test_a_workdir_of_other_settings_is_refused_with_the_difference(tmp_path):
+    validation.claim_workdir(str(tmp_path), config.Config())
+    before = (tmp_path / "config.json").read_text()
+    other = changed("objective.sdl_lambda", 0.5)
+    message = re.escape("objective.sdl_lambda: 1.0 there, 0.5 now")
+    with pytest.raises(validation.Refused, match=message):
+        validation.claim_workdir(str(tmp_path), other)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(validation.Refused, match="cannot be used: Not a directory"):
+        validation.claim_workdir(str(tmp_path / "file" / "run"), config.Config())
+
+
+def test_a_workdir_without_permission_is_refused(tmp_path, monkeypatch):
+    # The file mode does not bind a superuser, so the system's answer is played.
+    def denied(*_, **__):
+        raise PermissionError(13, os.strerror(13))
+
+    monkeypatch.setattr(validation, "write_atomic", denied)
+    with pytest.raises(validation.Refused, match="Permission denied; pass --workdir"):
+        validation.claim_workdir(str(tmp_path), config.Config())
+
+
+def test_a_damaged_config_file_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(validation.Refused, match="damaged"):
+        validation.claim_workdir(str(tmp_path), config.Config())
