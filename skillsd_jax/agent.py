@@ -13,8 +13,10 @@ import numpy as np
 import skillsd_jax
 from skillsd_jax import artifacts, imitate, rollout
 from skillsd_jax import config as settings
+from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.models import huggingface, qwen, tokenizer
 from skillsd_jax.prompts import Prompter
+from skillsd_jax.skills import summarizer
 
 # Sources that decide what a warm start is; a change in one of them makes a new one.
 SOURCES = (
@@ -80,33 +82,22 @@ def _embedded(config: settings.Config, say: Callable[[str], None]):
 
 
 def _make(config: settings.Config, say: Callable[[str], None]):
+    """Demonstrations, a tokenizer of their words, and a network cloned from them."""
     (environment,) = rollout.environments(config.environment, "train")
     say(f"warm start: playing {config.imitate.episodes} demonstrations")
-    demonstrations = imitate.demonstrations(environment, config.imitate, config.seed)
-    episodes = list(demonstrations)
+    made = imitate.demonstrations(environment, config.imitate, config.seed)
+    episodes = list(made)
     environment.close()
-    words = tokenizer.train(
-        imitate.texts(episodes[:CORPUS_EPISODES]), _lexicon(config.environment)
-    )
+    corpus = imitate.texts(episodes[:CORPUS_EPISODES])
+    words = tokenizer.train(corpus, _lexicon(config.environment))
     model = _shape(config.model, words.vocab_size)
-    prompter = Prompter(words, config.prompt)
+    plain, skilled = _rows(Prompter(words, config.prompt), episodes)
+    say(f"warm start: cloning {len(plain)} plain and {len(skilled)} skilled rows")
     player = rollout.Player(model, words, config.prompt, config.rollout.rows)
     scored = player.scored(environment.max_steps)
-    plain, skilled = [], []
-    for episode, skill, followed in episodes:
-        plain += imitate.cloned_rows(prompter, episode, None)
-        skilled += imitate.cloned_rows(prompter, followed, skill)
-    data = [
-        imitate.record(plain, player.length, scored),
-        imitate.record(skilled, player.skilled_length, scored),
-    ]
-    say(f"warm start: cloning {len(plain)} plain and {len(skilled)} skilled rows")
-    key = jax.random.key(config.seed)
-    params, curve = qwen.init(model, key), []
-    for step, params, loss in imitate.clone(model, params, data, config.imitate, key):
-        curve.append((step, round(loss, 4)))
-        say(f"warm start: step {step} of {config.imitate.steps}, loss {loss:.3f}")
-    won = [np.mean([e[which].success for e in episodes]) for which in (0, 2)]
+    data = [imitate.record(rows, scored) for rows in (plain, skilled)]
+    params, curve = _clone(config, model, data, say)
+    won = [np.mean([episode[i].success for episode in episodes]) for i in (0, 2)]
     record = {
         "demonstrator": {"plain": float(won[0]), "skilled": float(won[1])},
         "rows": {"plain": len(plain), "skilled": len(skilled)},
@@ -115,10 +106,28 @@ def _make(config: settings.Config, say: Callable[[str], None]):
     return words, model, params, record
 
 
-def _lexicon(config: settings.Environment) -> list[str]:
-    from skillsd_jax.environments import ENVIRONMENTS
-    from skillsd_jax.skills import summarizer
+def _rows(prompter: Prompter, episodes):
+    """Plain rows and skilled rows; a skill too long to be shown whole is left out."""
+    plain, skilled = [], []
+    for episode, skill, followed in episodes:
+        plain += imitate.cloned_rows(prompter, episode, None)
+        if prompter.fits(skill):
+            skilled += imitate.cloned_rows(prompter, followed, skill)
+    return plain, skilled
 
+
+def _clone(config: settings.Config, model: qwen.ModelConfig, data, say):
+    key, setting, curve = jax.random.key(config.seed), config.imitate, []
+    params = qwen.init(model, key)
+    for step, cloned, loss in imitate.clone(model, params, data, setting, key):
+        params = cloned
+        curve.append((step, round(loss, 4)))
+        if step % 100 == 0 or step == setting.steps:
+            say(f"warm start: step {step} of {setting.steps}, loss {loss:.3f}")
+    return params, curve
+
+
+def _lexicon(config: settings.Environment) -> list[str]:
     options = dataclasses.asdict(getattr(config, config.name))
     words = [*ENVIRONMENTS[config.name].lexicon(**options), *summarizer.lexicon()]
     return list(dict.fromkeys(words))

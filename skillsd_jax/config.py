@@ -76,9 +76,9 @@ class Prompt:
     system: str = ""  # system message; "": none
     style: str = "plain"  # 'plain' (instruction, observation) or 'agent' (told how)
     admissible: bool = False  # list the admissible commands
-    max_prompt_length: int = 96  # student's context without the last reply
-    max_response_length: int = 12  # one reply, stop token included
-    max_skill_length: int = 48  # extra room of the teacher's view
+    max_prompt_length: int = 48  # student's context without the last reply
+    max_response_length: int = 8  # one reply, stop token included
+    max_skill_length: int = 28  # extra room of the teacher's view
     max_length: int = 512  # whole history: the window of all turns together
 
 
@@ -149,7 +149,7 @@ class Imitate:
     episodes: int = 4000  # demonstrations
     tasks: int = 4000  # training tasks they are drawn from
     noise: float = 0.1  # chance of a random command in a demonstration
-    skilled_noise: float = 0.0  # the same in the skilled ones
+    skilled_noise: float = 0.1  # the same in the skilled ones
     misled: float = 0.25  # share of skills summarised from an episode without a hint
 
 

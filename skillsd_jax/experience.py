@@ -43,15 +43,26 @@ class Experience:
         return [i for i, t in enumerate(self.trajectories) if t.ending not in FAULTS]
 
 
-def summarize(experience: Experience, per_group: int) -> list[skill_bank.Skill]:
-    """Skills from the best episodes of each group."""
+def summarize(
+    experience: Experience, bank: skill_bank.Bank, per_group: int
+) -> list[skill_bank.Skill]:
+    """Skills from the best episodes of each group.
+
+    A failed episode is summarised only while its task has no solved one: a recipe that
+    did not work is shown to a teacher for want of a better one.
+    """
     members = collections.defaultdict(list)
     for index in experience.usable:
         members[experience.groups[index]].append(index)
     skills = []
     for indices in members.values():
         group = [experience.trajectories[i] for i in indices]
-        for i in (indices[j] for j in summarizer.select(group, per_group)):
+        known = bank.for_task(group[0].task.key)
+        solved = any(t.success for t in group) or any(s.reward == 1 for s in known)
+        best = [indices[j] for j in summarizer.select(group, per_group)]
+        for i in best:
+            if solved and not experience.trajectories[i].success:
+                continue
             skill = summarizer.summarize(
                 experience.trajectories[i], experience.iteration, experience.source(i)
             )

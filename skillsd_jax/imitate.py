@@ -151,8 +151,9 @@ class Recorded:
     mask: jax.Array
 
 
-def record(rows: Sequence[Row], length: int, scored: int) -> Recorded:
-    """Packs recorded rows of up to `length` tokens."""
+def record(rows: Sequence[Row], scored: int) -> Recorded:
+    """Packs recorded rows to the length of the longest."""
+    length = max(sum(len(s.tokens) for s in row.student) for row in rows)
     batch = pack(rows, len(rows), length, length, scored)
     return jax.device_put(Recorded(batch.student, batch.mask))
 
@@ -196,7 +197,7 @@ def clone(
             parts = []
             for part, k in zip(data, jax.random.split(key, len(data))):
                 index = jax.random.randint(k, (config.rows,), 0, part.mask.shape[0])
-                parts.append(jax.tree.map(lambda x: x[index], part))
+                parts.append(jax.tree.map(lambda x, at=index: x[at], part))
             value, gradient = jax.value_and_grad(loss)(params, parts)
             change, moments = rule.update(gradient, moments, params)
             return (optax.apply_updates(params, change), moments), value

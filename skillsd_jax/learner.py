@@ -79,7 +79,11 @@ def arrange(
     if config.minibatch_rows:
         most = -(-size // config.minibatch_rows)
         used = max(1, round(len(order) / config.minibatch_rows))
-    share = -(-size // used) if not config.minibatch_rows else -(-3 * config.minibatch_rows // 2)
+    share = (
+        -(-size // used)
+        if not config.minibatch_rows
+        else -(-3 * config.minibatch_rows // 2)
+    )
     share = -(-share // micro) * micro
     index = np.full((most, share), size - 1)
     for m in range(used):

@@ -124,22 +124,7 @@ class Prompter:
         Raises:
           ValueError: the instruction leaves no room, or the skill does not fit.
         """
-        head = [*self._system(), self._task(task)]
-        ending = self._ask()
-        fixed = sum(len(segment.tokens) for segment in head) + len(ending)
-        room = self.config.max_prompt_length - fixed
-        if room < 1:
-            raise ValueError(
-                f"the instruction of {task.key} and its frame take {fixed} tokens and "
-                f"leave no room for an observation; raise prompt.max_prompt_length="
-                f"{self.config.max_prompt_length}"
-            )
-        shown = history[max(0, len(history) - self.config.history) :]
-        entries = [self._entry(turn) for turn in shown]
-        body = self._encode(self._observation(step))
-        kept, body, cut = _fit(entries, body, room)
-        last = _segment(Role.ENVIRONMENT, [*body, *ending])
-        plain = (*head, *kept, last)
+        plain, cut = self._plain(task, step, history)
         if skill_text is None:
             return plain, cut
         if not self.fits(skill_text):
@@ -246,6 +231,27 @@ class Prompter:
             else:
                 high = middle - 1
         return low, end
+
+    def _plain(
+        self, task: Task, step: Observed, history: Sequence[Turn]
+    ) -> tuple[tuple[Segment, ...], int]:
+        """The opening without a skill."""
+        head = [*self._system(), self._task(task)]
+        ending = self._ask()
+        fixed = sum(len(segment.tokens) for segment in head) + len(ending)
+        room = self.config.max_prompt_length - fixed
+        if room < 1:
+            raise ValueError(
+                f"the instruction of {task.key} and its frame take {fixed} tokens and "
+                f"leave no room for an observation; raise prompt.max_prompt_length="
+                f"{self.config.max_prompt_length}"
+            )
+        shown = history[max(0, len(history) - self.config.history) :]
+        entries = [self._entry(turn) for turn in shown]
+        body = self._encode(self._observation(step))
+        kept, body, cut = _fit(entries, body, room)
+        last = _segment(Role.ENVIRONMENT, [*body, *ending])
+        return (*head, *kept, last), cut
 
     def _encode(self, text: str) -> Sequence[int]:
         return self.encoder.encode(text) if text else ()

@@ -4,11 +4,7 @@ tasks → rollout.collect → summarize → bank.absorb → retrieve → prompts
       → learner.update → bank.credit → metrics, checkpoint
 """
 
-import collections
-import contextlib
 import dataclasses
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from skillsd_jax import (
     learner,
     metrics,
     rollout,
+    timing,
     tokens,
     validation,
 )
@@ -58,9 +55,7 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
             "skills.retrieval": retrieval.RETRIEVAL,
         },
     )
-    probe = rollout.environments(config.environment, "train")[0]
-    probe.reset(0)
-    probe.close()
+    _probe(config)
     validation.claim_workdir(workdir, config)
     compile_cache = artifacts.cache_folder(config.cache) / "compiled" / jax.__version__
     jax.config.update("jax_compilation_cache_dir", str(compile_cache))
@@ -68,40 +63,14 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
         return Run(config, Path(workdir), progress).finish()
 
 
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self):
-        self.total = collections.defaultdict(float)
-        self.lap = collections.defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            for seconds in (self.total, self.lap):
-                seconds[phase] += time.monotonic() - start
-
-    def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
-        lap, self.lap = self.lap, collections.defaultdict(float)
-        return {phase: round(s, 3) for phase, s in sorted(lap.items())}
-
-
-class Compilations:
-    """Counts programs that XLA compiled or took from the compilation cache."""
-
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, seconds: float, **_) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-COMPILATIONS = Compilations()
+def _probe(config: settings.Config) -> None:
+    """Starts one episode, so that a missing engine or damaged data ends the run now."""
+    try:
+        (environment,) = rollout.environments(config.environment, "train")
+        environment.reset(0)
+    except (ImportError, ValueError, OSError) as fault:
+        raise validation.Refused(str(fault)) from fault
+    environment.close()
 
 
 def key_for(seed: int, purpose: str, index: int = 0) -> jax.Array:
@@ -133,7 +102,8 @@ class Run:
         self, config: settings.Config, workdir: Path, progress: metrics.Progress
     ):
         self.config, self.workdir, self.progress = config, workdir, progress
-        self.clock = Clock()
+        self.clock = timing.Clock()
+        self.compilations = timing.Compilations()
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
         self.player = self.agent.player
@@ -202,16 +172,17 @@ class Run:
                 self._save(done)
         self.writer.close()
         self.checkpoints.close()
+        self.compilations.close()
         return self._after()
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its line of metrics.jsonl."""
         config, clock = self.config, self.clock
-        before = COMPILATIONS.count
+        before = self.compilations.count
         with clock("rollout"):
             played = self._play(iteration)
         with clock("skills"):
-            made = experience.summarize(played, config.skills.per_group)
+            made = experience.summarize(played, self.bank, config.skills.per_group)
             self.bank.absorb(made)
             rng = np.random.default_rng([config.seed, iteration, 1])
             found = experience.retrieve(played, self.bank, config.skills, rng)
@@ -244,10 +215,9 @@ class Run:
         with clock("evaluate"):
             record |= self._during(iteration)
         self._keep_sample(iteration, played, views)
-        seconds = clock.take()
         record["environment_steps"] = self.environment_steps
-        record["compilations"] = COMPILATIONS.count - before
-        record["seconds"] = seconds
+        record["compilations"] = self.compilations.count - before
+        record["seconds"] = clock.lap()
         return record
 
     def _play(self, iteration: int) -> experience.Experience:
@@ -284,12 +254,11 @@ class Run:
 
     def _credit(self, played: experience.Experience, views: experience.Views) -> None:
         """Books each episode's reward to the skill its teacher was shown."""
+        shown = zip(views.shown, played.trajectories)
         self.bank.credit(
-            [
-                (skill.id, float(np.clip(played.trajectories[i].reward, 0, 1)))
-                for i, skill in enumerate(views.shown)
-                if skill is not None
-            ]
+            (skill.id, summarizer.unit_reward(episode))
+            for skill, episode in shown
+            if skill is not None
         )
 
     def _evaluate(self, temperature: float, samples: int) -> evaluate.Result:
@@ -343,7 +312,7 @@ class Run:
             "teacher_before": taught.record(),
             "teacher_before_own_skills": self_taught.record(),
         }
-        self.clock.take()
+        self.clock.lap()
 
     def _on_teacher_panel(self, hint):
         seeds = np.arange(self.teacher_panel.size)
@@ -386,7 +355,7 @@ class Run:
         self.host = host["figures"]
         self.bank = skill_bank.Bank.from_state(host["bank"])
         self.environment_steps = host["environment_steps"]
-        self.clock.total = collections.defaultdict(float, host["seconds"])
+        self.clock = timing.Clock(host["seconds"])
         self.progress.say(f"resumed after iteration {done}")
         return done
 

@@ -90,13 +90,13 @@ def played(prompter):
 def shown(played, **options):
     config = settings.Skills(**options)
     bank = skill_bank.Bank(config.capacity)
-    bank.absorb(experience.summarize(played, config.per_group))
+    bank.absorb(experience.summarize(played, bank, config.per_group))
     rng = np.random.default_rng(0)
     return bank, experience.retrieve(played, bank, config, rng)
 
 
 def test_the_best_episodes_of_a_group_are_summarised(played):
-    made = experience.summarize(played, per_group=2)
+    made = experience.summarize(played, skill_bank.Bank(4), per_group=3)
     assert [skill.source for skill in made] == ["5/0", "5/1"]
     assert made[0].golden_workflow == SOLVED
 

@@ -14,7 +14,7 @@ def segment(role, *ids, logprob=None):
 
 def row(student, teacher=None, turns=(0,), **kwargs):
     replies = [s for s in student if s.scored]
-    defaults = dict(reward=1.0, group=0, trajectory=0, success=True)
+    defaults = {"reward": 1.0, "group": 0, "trajectory": 0, "success": True}
     return tokens.Row(
         student=student,
         teacher=teacher,

@@ -53,7 +53,7 @@ class Engine:
 
     def __init__(self, cache: Path):
         self._cache = cache
-        self._library = _IDLE.pop() if _IDLE else _load_library()
+        self._library = _idle_library() or _load_library()
         self.admissible: list[str] = []  # commands, sorted
         self.won = False
 
@@ -170,6 +170,11 @@ def _entities(facts: tuple[Fact, ...]) -> dict[str, Entity]:
 
 def _class(id: str) -> str:
     return id.split("_bar_", 1)[0] + ("basin" if "basin" in id else "")
+
+
+def _idle_library() -> ctypes.CDLL | None:
+    with _LOCK:
+        return _IDLE.pop() if _IDLE else None
 
 
 def _load_library() -> ctypes.CDLL:

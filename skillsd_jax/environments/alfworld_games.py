@@ -159,6 +159,9 @@ class Original:
         path = self._files[seed % len(self._files)]
         story = path.with_name("traj_data.json")
         texts, traits = _read(path), _read(story)
+        instruction = _INSTRUCTION.search(texts["grammar"])
+        if instruction is None:
+            raise ValueError(f"{path} tells no task; download the data again")
         params = traits["pddl_params"]
         families = {task: family for family, task in TASKS.items()}
         return Game(
@@ -171,7 +174,7 @@ class Original:
                 params["parent_target"],
                 params["toggle_target"],
             ),
-            instruction=_INSTRUCTION.search(texts["grammar"])[1],
+            instruction=instruction[1],
         )
 
 

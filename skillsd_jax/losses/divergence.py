@@ -113,11 +113,11 @@ def _kl(p: Float[Array, "... V"], q: Float[Array, "... V"]) -> Float[Array, "...
 def _jsd(
     student: Float[Array, "... V"], teacher: Float[Array, "... V"], alpha: float = 0.5
 ) -> Float[Array, "..."]:
-    alpha = jnp.asarray(alpha, student.dtype)
+    weight = jnp.asarray(alpha, student.dtype)
     # A word both exclude is no part of either sum; logaddexp has no slope there.
     absent = (student == -jnp.inf) & (teacher == -jnp.inf)
     s, t = jnp.where(absent, 0, student), jnp.where(absent, 0, teacher)
-    mixture = jnp.logaddexp(jnp.log(alpha) + t, jnp.log1p(-alpha) + s)
+    mixture = jnp.logaddexp(jnp.log(weight) + t, jnp.log1p(-weight) + s)
     return alpha * _kl(teacher, mixture) + (1 - alpha) * _kl(student, mixture)
 
 

@@ -72,6 +72,20 @@ class Signals:
     token_count: Float[Array, ""] | None = None
     row_count: Float[Array, ""] | None = None
 
+    def given(self, name: str) -> Array:
+        """The optional signal of that name.
+
+        Raises:
+          ValueError: it is None.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f"the objective needs the signal {name!r}, which came as None; "
+                "compute every signal in recipe.required(objective)"
+            )
+        return value
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +131,14 @@ class Recipe:
         Raises:
           ValueError: a required signal is None.
         """
-        missing = [n for n in self.required(objective) if getattr(signals, n) is None]
-        if missing:
-            raise ValueError(
-                f"objective {objective.name!r} needs {', '.join(sorted(missing))}, "
-                "which came as None; compute every signal in recipe.required(…)"
-            )
         inside = _inside(signals)
-        terms, metrics = {}, {}
+        terms: dict[str, Array] = {}
+        metrics: dict[str, tuple[Array, Array]] = {}
         for term in self.terms:
             output = term(inside, objective)
             for name, value in output.terms.items():
                 terms[name] = terms.get(name, 0) + value
-            metrics |= output.metrics
+            metrics.update(output.metrics)
         return Output(terms, stop_gradient(metrics))
 
 
@@ -153,7 +162,9 @@ def _inside(signals: Signals) -> Signals:
     (mask,) = widen(signals.mask)
     given = {n: getattr(signals, n) for n in PER_TOKEN}
     clean = {
-        n: jnp.where(mask != 0, *widen(x), 0) for n, x in given.items() if x is not None
+        n: jnp.where(mask != 0, widen(x)[0], 0)
+        for n, x in given.items()
+        if x is not None
     }
     return dataclasses.replace(signals, mask=mask, **clean)
 
@@ -199,7 +210,7 @@ def policy(signals: Signals, objective: config.Objective) -> Output:
     metrics = {
         "ratio": (policy_gradient.ratio(s.student, s.old), s.mask),
         "clip_fraction": (policy_gradient.clipped(*views, *clips), s.mask),
-        "entropy": (s.entropy, s.mask),
+        "entropy": (s.given("entropy"), s.mask),
     }
     if dual_clip is not None:
         held = policy_gradient.dual_clipped(*views, dual_clip)
@@ -213,7 +224,7 @@ def reference_kl(signals: Signals, objective: config.Objective) -> Output:
     if not objective.kl_coefficient:
         return Output({}, {})
     kl = policy_gradient.reference_kl(
-        signals.student, signals.reference, objective.kl_kind
+        signals.student, signals.given("reference"), objective.kl_kind
     )
     return Output(
         {"reference_kl": objective.kl_coefficient * kl},
@@ -225,7 +236,7 @@ def skill_kl(signals: Signals, objective: config.Objective) -> Output:
     """λ ρ (e^{−ℓ} − 1 + ℓ) on skilled rows: Skill-SD."""
     loss = distillation.weighted_reverse_kl(
         signals.student,
-        signals.teacher,
+        signals.given("teacher"),
         signals.old,
         max_log_ratio=objective.max_log_ratio,
         max_gap=objective.max_gap,
@@ -237,10 +248,10 @@ def skill_kl(signals: Signals, objective: config.Objective) -> Output:
 
 
 GATES = {
-    "gap": lambda s, beta: gates.gap_gate(s.student, s.teacher, beta),
-    "entropy": lambda s, beta: gates.entropy_gate(s.entropy, beta),
+    "gap": lambda s, beta: gates.gap_gate(s.student, s.given("teacher"), beta),
+    "entropy": lambda s, beta: gates.entropy_gate(s.given("entropy"), beta),
     "soft_or": lambda s, beta: gates.soft_or_gate(
-        s.entropy, s.student, s.teacher, beta
+        s.given("entropy"), s.student, s.given("teacher"), beta
     ),
 }
 
@@ -248,7 +259,7 @@ GATES = {
 def gated_gap(signals: Signals, objective: config.Objective) -> Output:
     """λ g (sg[log π_T] − log π_θ) on skilled rows: SDAR."""
     gate = choose(GATES, objective.gate, "gate")(signals, objective.gate_beta)
-    loss = distillation.gated(signals.student, signals.teacher, gate)
+    loss = distillation.gated(signals.student, signals.given("teacher"), gate)
     weight = _skilled(signals) * signals.mask
     metrics = {"gate": (gate, weight), "gate_above_half": (gate > 0.5, weight)}
     return Output(
@@ -261,7 +272,7 @@ def gap_metrics(
     signals: Signals,
 ) -> dict[str, tuple[Float[Array, "B R"], Float[Array, "B R"]]]:
     """Δ = log π_T − log π_θ and its square, over skilled tokens."""
-    gap = signals.teacher - signals.student
+    gap = signals.given("teacher") - signals.student
     weight = _skilled(signals) * signals.mask
     return {"gap": (gap, weight), "gap_squared": (gap**2, weight)}
 
@@ -275,7 +286,10 @@ def _skilled(signals: Signals) -> Float[Array, "B 1"] | float:
 def _as_float(
     metrics: Mapping[str, tuple[Array, Array]],
 ) -> dict[str, tuple[Float[Array, "B R"], Float[Array, "B R"]]]:
-    return {name: widen(*pair) for name, pair in metrics.items()}
+    return {
+        name: (value.astype(weight.dtype), weight)
+        for name, (value, weight) in metrics.items()
+    }
 
 
 GRPO = (policy, reference_kl)

@@ -43,19 +43,32 @@ def group_advantage(
     peers = _same(group, real)
     mates = _same(jnp.arange(group.size) if trajectory is None else trajectory, real)
     mates = mates & peers
-    above = reward - jnp.min(jnp.where(peers, reward, jnp.inf), axis=-1)
-    share = 1 / jnp.sum(mates, axis=-1)  # of its episode that a row stands for
-    value = share * _sum(above, mates)
-    n = _sum(share, peers)
-    mean = _sum(share * value, peers) / n
-    lone = n < 1.5  # whole but for rounding
-    advantage = above - mean
+    least = jnp.min(jnp.where(peers, reward, jnp.inf), axis=-1)
+    mean, deviation, lone = _statistics(reward - least, peers, mates)
+    advantage = reward - least - mean
     if normalize_std:
-        squares = _sum(share * (value - mean) ** 2, peers)
-        deviation = jnp.sqrt(squares / jnp.where(lone, 1, n - 1))
         advantage = advantage / (deviation + 1e-6)
     advantage = jnp.where(lone, alone * reward, advantage)
     return stop_gradient(jnp.where(real, advantage, 0))
+
+
+def _statistics(
+    reward: Float[Array, "B"], peers: Bool[Array, "B B"], mates: Bool[Array, "B B"]
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Bool[Array, "B"]]:
+    """Mean and unbiased std over the episodes of each row's group; if it is but one.
+
+    Args:
+      reward: of each row.
+      peers: which rows share a group.
+      mates: which rows share an episode.
+    """
+    share = 1 / jnp.sum(mates, axis=-1)  # of its episode that a row stands for
+    value = share * _sum(reward, mates)
+    n = _sum(share, peers)
+    lone = n < 1.5  # whole but for rounding
+    mean = _sum(share * value, peers) / n
+    squares = _sum(share * (value - mean) ** 2, peers)
+    return mean, jnp.sqrt(squares / jnp.where(lone, 1, n - 1)), lone
 
 
 def _same(ids: Int[Array, "B"], real: Bool[Array, "B"]) -> Bool[Array, "B B"]:

@@ -149,6 +149,7 @@ def _block(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: ModelConfig, key: jax.Array) -> Params:
     """Random parameters: normal with variance 1 / inputs, norms 1, biases 0.
 

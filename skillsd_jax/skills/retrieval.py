@@ -17,14 +17,14 @@ def retrieve(
     rng: np.random.Generator,
     config: settings.Skills,
 ) -> Skill | None:
-    """A skill for one row, from the task's skills or else from its family's.
+    """A skill for one row, from the task's skills; from its family's if it has none.
 
     Args:
       bank: where to look.
       task: the row's task.
-      source: id of the row's own episode. A skill that it summarised to, alone or
-        with others, is not shown to it unless `config.allow_own`: it would tell the
-        teacher what the row itself did next.
+      source: id of the row's own episode. A skill that only this episode summarised
+        to is not shown to it unless `config.allow_own`: it would tell the teacher
+        what the row itself did next. One that a sibling wrote as well is the sibling's.
       rng: source of every random choice.
       config: which rule, and its constants.
 
@@ -38,17 +38,17 @@ def retrieve(
         raise ValueError(
             f"skills.retrieval={config.retrieval!r}; set one of {', '.join(RETRIEVAL)}"
         )
+    pool = bank.for_task(task.key) or bank.for_family(task.family)
+    allowed = [
+        skill
+        for skill in pool
+        if config.allow_own or any(told != source for told in bank.sources(skill.id))
+    ]
+    if not allowed:
+        return None
+    shows = sum(bank.stats(skill.id).uses for skill in pool)
     choose = RETRIEVAL[config.retrieval]
-    for pool in (bank.for_task(task.key), bank.for_family(task.family)):
-        shows = sum(bank.stats(skill.id).uses for skill in pool)
-        allowed = [
-            skill
-            for skill in pool
-            if config.allow_own or source not in bank.sources(skill.id)
-        ]
-        if allowed:
-            return choose(bank, allowed, shows, rng, config.exploration)
-    return None
+    return choose(bank, allowed, shows, rng, config.exploration)
 
 
 def _none(bank, allowed, shows, rng, exploration) -> None:

@@ -13,7 +13,8 @@ THING, PLACE = ("o", "thing"), ("r", "receptacle")
 
 @pytest.fixture
 def facts():
-    inside = [("in", ("pen", "desk")), ("in", ("mug", "desk")), ("in", ("mug", "mug"))]
+    pairs = [("pen", "desk"), ("mug", "desk"), ("mug", "mug"), ("shelf", "desk")]
+    inside = [("in", pair) for pair in pairs]
     return Facts([*inside, ("open", ("desk",))], TYPES)
 
 

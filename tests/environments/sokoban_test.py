@@ -92,11 +92,11 @@ def test_player_without_advice_wins_less_than_half_and_with_advice_always():
     assert win_rate(environment, 200, noise=0.1, advised=True) > 0.95
 
 
-def test_advice_for_other_states_is_ignored():
+def test_advice_that_names_another_state_or_no_move_is_ignored():
     environment, other = Sokoban(), Sokoban()
     environment.reset(3)
     other.reset(3)
-    advice = ("r9c9 r8c8 up", "up", "", "r1c1 r2c2 sideways")
+    advice = ("r9c9 r8c8 up", "up", "", f"{environment._key()} sideways")
     first, second = np.random.default_rng(1), np.random.default_rng(1)
     for _ in range(5):
         assert environment.demonstrate(first, advice) == other.demonstrate(second)

@@ -268,7 +268,7 @@ def test_objectives_trace_and_take_bfloat16(name, signals):
 def test_a_missing_signal_is_named(name, missing, signals):
     assert missing in objective.recipe(name).required(settings(name))
     without = dataclasses.replace(signals, **{missing: None})
-    with pytest.raises(ValueError, match=f"'{name}' needs {missing}, which came as"):
+    with pytest.raises(ValueError, match=f"the signal '{missing}', which came as"):
         objective.recipe(name).loss(without, settings(name))
 
 
@@ -278,7 +278,7 @@ def test_the_reference_is_needed_where_it_has_a_coefficient(signals):
     assert "reference" not in grpo.required(settings("grpo"))
     assert grpo.loss(without, settings("grpo")).terms.keys() == {"policy"}
     assert "reference" in grpo.required(pulled)
-    with pytest.raises(ValueError, match="needs reference"):
+    with pytest.raises(ValueError, match="needs the signal 'reference'"):
         grpo.loss(without, pulled)
 
 

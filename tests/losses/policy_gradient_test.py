@@ -54,12 +54,12 @@ def test_with_trajectories_every_episode_counts_once():
 
 
 def test_an_episode_with_unequal_rows_counts_with_their_mean():
-    # Episodes worth (1 + 0.5) / 2 and 0.25: mean ½. Each row keeps its own reward.
+    # Episodes worth (1 + 0.5) / 2 and 0.25: mean ½, std √⅛. A row keeps its own reward.
     reward = np.array([1, 0.5, 0.25], np.float32)
     advantage = pg.group_advantage(
-        reward, np.zeros(3, int), False, trajectory=np.array([0, 0, 1])
+        reward, np.zeros(3, int), True, trajectory=np.array([0, 0, 1])
     )
-    np.testing.assert_allclose(advantage, [0.5, 0, -0.25], atol=1e-6)
+    np.testing.assert_allclose(advantage, (reward - 0.5) * 8**0.5, rtol=1e-5, atol=1e-6)
 
 
 def test_a_trajectory_id_shared_by_two_groups_does_not_join_them():

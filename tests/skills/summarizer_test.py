@@ -33,7 +33,7 @@ def episode(
         for i, action in enumerate(actions)
     )
     task = Task(environment, 5, "train", "heat", instruction)
-    reward = float(sum(turn.reward for turn in turns)) or float(success)
+    reward = float(sum(rewards) if rewards else success)
     ending = ending or ("success" if success else "limit")
     return Trajectory(task, turns, (), reward, success, ending)
 
@@ -49,7 +49,7 @@ SOLVED = [
     "go to drawer 1",
     "!take apple 1 from fridge 1",
     "go to cabinet 1",
-    "examine cabinet 1",
+    "examine apple 1",
     "take apple 1 from cabinet 1",
     "go to microwave 1",
     "heat apple 1 with microwave 1",
@@ -99,7 +99,7 @@ def test_an_episode_without_detours_has_no_mistakes():
 
 
 def test_places_named_as_wasted_are_few_and_different():
-    visits = [f"go to drawer {n}" for n in (3, 1, 3, 2)]
+    visits = [f"go to drawer {n}" for n in (3, 3, 1, 2)]
     skill = summarizer.summarize(episode(visits + SOLVED[3:]), 0, "")
     assert skill.mistake_analysis == "wasted drawer 3, drawer 1"
 
@@ -148,6 +148,15 @@ def test_a_detour_in_hand_is_left_out():
     assert workflow([*SOLVED[3:6], *elsewhere, *SOLVED[6:]]) == needed
     # Put down in a wrong place at the end: where it was found still counts.
     assert workflow([*SOLVED[3:6], *elsewhere[:2]], success=False) == needed[:2]
+
+
+def test_steps_in_one_place_share_the_walk():
+    instruction = "heat the apple 1 and move it to the microwave 1"
+    arrive, heat = SOLVED[6:8]
+    last = "move apple 1 to microwave 1"
+    actions = [*SOLVED[3:8], last]
+    expected = [SOLVED[3], SOLVED[5], arrive, heat, last]
+    assert workflow(actions, instruction=instruction) == expected
 
 
 def test_two_objects_are_both_fetched():

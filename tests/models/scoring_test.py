@@ -1,0 +1,73 @@
+"""Scores against the whole logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from skillsd_jax.models import qwen, scoring
+from skillsd_jax.tokens import TokenView
+
+CONFIG = qwen.ModelConfig(
+    vocab=29, width=16, layers=2, heads=2, kv_heads=1, head_size=8, hidden=24
+)
+PARAMS = qwen.init(CONFIG, jax.random.key(0))
+
+
+score = jax.jit(scoring.score, static_argnums=0)
+
+
+def make_view(seed=0):
+    rng = np.random.default_rng(seed)
+    view = TokenView(
+        tokens=rng.integers(0, CONFIG.vocab, (3, 12)).astype(np.int32),
+        length=np.array([12, 8, 3], np.int32),
+        scored=np.array([[4, 5, 11, 1], [1, 6, 7, 1], [2, 1, 1, 1]], np.int32),
+    )
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0]], np.float32)
+    return view, mask
+
+
+def test_scores_are_those_of_the_whole_logits():
+    view, mask = make_view()
+    scores = score(CONFIG, PARAMS, view, 0.7, mask)
+    logits = np.asarray(qwen.apply(CONFIG, PARAMS, view.tokens), np.float64) / 0.7
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for b, r in np.argwhere(mask):
+        t = view.scored[b, r]
+        before = logs[b, t - 1]
+        np.testing.assert_allclose(
+            scores.logprob[b, r], before[view.tokens[b, t]], atol=1e-5
+        )
+        entropy = -(np.exp(before) * before).sum()
+        np.testing.assert_allclose(scores.entropy[b, r], entropy, atol=1e-5)
+
+
+def test_scores_are_exactly_zero_outside_the_mask():
+    view, mask = make_view()
+    scores = score(CONFIG, PARAMS, view, 1.0, mask)
+    assert (np.asarray(scores.logprob)[mask == 0] == 0).all()
+    assert (np.asarray(scores.entropy)[mask == 0] == 0).all()
+    assert scores.logprob.dtype == scores.entropy.dtype == jnp.float32
+
+
+def test_masked_tokens_have_no_gradient_and_the_rest_a_finite_one():
+    view, mask = make_view()
+
+    def total(params, mask):
+        scores = score(CONFIG, params, view, 1.0, mask)
+        return jnp.sum(scores.logprob) + jnp.sum(scores.entropy)
+
+    gradient = jax.jit(jax.grad(total))
+    slope = gradient(PARAMS, mask)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+    none = gradient(PARAMS, np.zeros_like(mask))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(none))
+
+
+def test_no_array_holds_logits_of_every_position():
+    view, mask = make_view()
+    program = jax.make_jaxpr(
+        lambda p: scoring.score(CONFIG, p, view, 1.0, mask).logprob
+    )(PARAMS)
+    assert f"[3,4,{CONFIG.vocab}]" in str(program)
+    assert f"[3,12,{CONFIG.vocab}]" not in str(program)

@@ -1,0 +1,157 @@
+"""A whole run at toy size: it leaves what it promises, repeats, resumes, refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skillsd_jax import config as settings
+from skillsd_jax import metrics, train, validation
+
+
+def toy(tmp: Path, **objective) -> settings.Config:
+    """Seconds, not minutes: nothing here learns anything."""
+    config = settings.Config(iterations=4, checkpoint_every=2, cache=str(tmp / "cache"))
+    config.environment.train_tasks = 6
+    config.model.width, config.model.layers, config.model.hidden = 16, 1, 32
+    config.model.heads = config.model.kv_heads = 2
+    config.model.head_size = 8
+    config.rollout.prompts, config.rollout.group_size = 2, 2
+    config.rollout.rows = 4
+    config.optimizer.minibatches, config.optimizer.micro_rows = 2, 8
+    config.imitate.steps, config.imitate.rows = 5, 4
+    config.imitate.episodes = config.imitate.tasks = 30
+    config.evaluate.tasks = config.evaluate.teacher_tasks = 4
+    config.evaluate.every = 2
+    for name, value in objective.items():
+        setattr(config.objective, name, value)
+    return config
+
+
+def figures(workdir: Path) -> list[dict]:
+    rows = metrics.read(workdir / "metrics.jsonl")
+    timing = ("seconds", "compilations")
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("run")
+    summary = train.run(toy(tmp), str(tmp / "work"))
+    return tmp, summary
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    tmp, summary = finished
+    work = tmp / "work"
+    for name in ("config.json", "metrics.jsonl", "summary.json", "skills.jsonl"):
+        assert (work / name).is_file(), name
+    assert any((work / "checkpoints").iterdir())
+    assert len(list((work / "trajectories").glob("*.jsonl"))) == 4
+    assert json.loads((work / "summary.json").read_text())["seed"] == 0
+    for key in ("before", "after", "before_greedy", "after_greedy"):
+        assert {"success", "low", "high", "n"} <= summary[key].keys()
+    for key in ("teacher_before", "student_on_teacher_panel"):
+        assert summary[key].keys() == {"success", "low", "high", "n"}
+    assert summary["data"] == "generated"
+    assert summary["panel"]["size"] == 4 and len(summary["panel"]["hash"]) == 16
+
+
+def test_every_iteration_has_every_figure(finished):
+    rows = metrics.read(finished[0] / "work" / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    wanted = {
+        *("success", "return", "steps", "invalid_rate", "tokens", "environment_steps"),
+        *("loss", "loss_policy", "loss_distillation", "gap", "gap_rms", "ratio"),
+        *("clip_fraction", "entropy", "grad_norm", "seconds", "skills", "endings"),
+    }
+    for row in rows:
+        assert wanted <= row.keys()
+        assert {"held", "used", "cut", "dropped"} <= row["skills"].keys()
+        assert {"rollout", "skills", "update"} <= row["seconds"].keys()
+    assert "evaluation" in rows[1]
+
+
+def test_every_row_is_skilled_when_groups_have_siblings(finished):
+    rows = metrics.read(finished[0] / "work" / "metrics.jsonl")
+    assert all(row["skills"]["used"] >= 0.8 for row in rows[1:])
+
+
+def test_nothing_compiles_after_the_second_iteration(finished):
+    rows = metrics.read(finished[0] / "work" / "metrics.jsonl")
+    assert rows[0]["compilations"] > 0
+    assert [row["compilations"] for row in rows[2:]] == [0, 0]
+
+
+def test_two_runs_with_one_seed_give_identical_metrics(finished):
+    tmp, summary = finished
+    again = train.run(toy(tmp), str(tmp / "again"))
+    assert figures(tmp / "again") == figures(tmp / "work")
+    assert again["after"] == summary["after"]
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(finished, monkeypatch):
+    tmp, summary = finished
+    whole = train.Run.iterate
+
+    def broken(self, iteration):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return whole(self, iteration)
+
+    monkeypatch.setattr(train.Run, "iterate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(toy(tmp), str(tmp / "resumed"))
+    monkeypatch.setattr(train.Run, "iterate", whole)
+    resumed = train.run(toy(tmp), str(tmp / "resumed"))
+    assert figures(tmp / "resumed") == figures(tmp / "work")
+    assert resumed["after"] == summary["after"]
+    skills = [(tmp / name / "skills.jsonl").read_text() for name in ("work", "resumed")]
+    assert skills[0] == skills[1]
+
+
+def test_the_warm_start_is_the_same_for_every_objective(finished):
+    tmp, summary = finished
+    other = train.run(toy(tmp, name="grpo"), str(tmp / "grpo"))
+    assert other["before"] == summary["before"]
+    assert other["panel"] == summary["panel"]
+    assert len(list((tmp / "cache" / "warm_starts").iterdir())) == 1
+    assert "gap" not in figures(tmp / "grpo")[0]
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_difference(finished):
+    tmp, _ = finished
+    with pytest.raises(validation.Refused, match=r"objective.sdl_lambda: 1.0 there"):
+        train.run(toy(tmp, sdl_lambda=0.5), str(tmp / "work"))
+
+
+@pytest.mark.parametrize(
+    "section,key", [("environment", "name"), ("objective", "name")]
+)
+def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, section, key):
+    config = toy(tmp_path)
+    setattr(getattr(config, section), key, "nonsense")
+    with pytest.raises(validation.Refused, match="nonsense.*known: .*(household|grpo)"):
+        train.run(config, str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+
+
+def test_tasks_are_drawn_in_epochs_without_state():
+    first = [t for i in range(4) for t in train.drawn_tasks(0, i, 2, 8)]
+    assert sorted(first) == list(range(8))
+    second = [t for i in range(4, 8) for t in train.drawn_tasks(0, i, 2, 8)]
+    assert sorted(second) == list(range(8)) and first != second
+    assert train.drawn_tasks(1, 0, 8, 8) != train.drawn_tasks(0, 0, 8, 8)
+
+
+def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):
+    config = toy(tmp_path)
+    config.iterations = 1
+    config.prompt.context, config.prompt.max_length = "whole", 256
+    summary = train.run(config, str(tmp_path / "work"))
+    (row,) = metrics.read(tmp_path / "work" / "metrics.jsonl")
+    assert row["rows"] == 4 and np.isfinite(row["loss"])
+    # The weights have not moved when the first minibatch is scored.
+    assert row["ratio"] == pytest.approx(1.0, abs=0.05)
+    assert summary["after"]["n"] == 4
