@@ -35,8 +35,8 @@ def _embedded() -> Config:
     config.model.heads = 6  # keeps 16 dimensions a head
     config.model.kv_heads = 6
     config.model.hidden = 384
-    config.prompt.max_prompt_length = 128  # the grid is longer than a list of places
-    config.prompt.max_skill_length = 96  # an entry per state of the plan
+    config.prompt.max_prompt_length = 64  # a grid and three squares: 56
+    config.prompt.max_skill_length = 56  # four tokens per move of the plan
     config.imitate.steps = 1200  # looking up advice by state is learned late
     config.evaluate.tasks = 128  # games of the test panel
     config.evaluate.samples = 2  # halves the sampling noise of a game

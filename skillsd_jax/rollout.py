@@ -111,6 +111,13 @@ class Player:
     def row_buckets(self) -> tuple[int, ...]:
         return tuple(sorted({max(1, self.rows // n) for n in (1, 2, 4, 8)}))
 
+    @property
+    def turn_buckets(self) -> tuple[int, ...]:
+        """Whole history: lengths a turn's new tokens are padded to."""
+        prompt = self.prompt
+        longest = prompt.max_prompt_length + prompt.max_skill_length
+        return tuple(sorted({max(8, longest // 4), longest}))
+
 
 def environments(
     config: settings.Environment, split: str, count: int = 1
@@ -171,6 +178,23 @@ def collect(
     return finished
 
 
+def warm_up(player: Player, params) -> None:
+    """Compiles every shape that plain rollouts may use, so that none is met later."""
+    for rows in player.row_buckets:
+        keyed = (jax.random.key(0), *np.full((2, rows), -1, np.int32))
+        if player.prompt.context == "windowed":
+            prompt = _ragged([], rows, player.prompt.max_prompt_length)
+            _fresh(player, params, prompt, keyed, 1.0)
+            continue
+        for length in player.turn_buckets:
+            state = sampler.start(player.model, rows, player.prompt.max_length)
+            prompt = (*_ragged([], rows, length), np.zeros(rows, bool))
+            state, _ = _kept(player, params, state, prompt, keyed, 1.0)
+        for fewer in player.row_buckets:
+            if fewer <= rows:
+                _gather(state, np.zeros(fewer, np.int32))
+
+
 class _Windowed:
     """A fresh prompt every turn; nothing is kept on the device between turns."""
 
@@ -192,15 +216,8 @@ class _Windowed:
             length += player.prompt.max_skill_length
         rows = tokens.bucket(len(live), player.row_buckets)
         ids, lengths = _ragged([_ids(c) for c in contexts], rows, length)
-        reply = _fresh_turn(
-            player.model,
-            player.prompt.max_response_length,
-            player.encoder.stop_id,
-            self.params,
-            (ids, lengths),
-            _keyed(self.key, live, rows),
-            np.float32(self.temperature),
-        )
+        keyed = _keyed(self.key, live, rows)
+        reply = _fresh(player, self.params, (ids, lengths), keyed, self.temperature)
         return _record(player, live, contexts, reply)
 
 
@@ -229,6 +246,7 @@ class _Whole:
                 segment = prompter.following(episode.step, stopped)
                 total = len(_ids(context)) + len(segment.tokens)
                 start = total + reserve > window
+                start |= len(segment.tokens) >= player.turn_buckets[-1]
                 episode.cut += int(start)
             if start:
                 segments, cut = prompter.opening(
@@ -243,19 +261,13 @@ class _Whole:
                 new.append(np.append(context[-2].tokens[-1:], segment.tokens))
             fresh.append(start)
         rows = self._place(live)
-        widest = tokens.bucket(max(map(len, new)), _powers_of_two(window))
+        widest = tokens.bucket(max(map(len, new)), player.turn_buckets)
         ids, lengths = _ragged(new, rows, widest)
         restart = np.zeros(rows, bool)
         restart[: len(live)] = fresh
-        self.state, reply = _kept_turn(
-            player.model,
-            reserve,
-            player.encoder.stop_id,
-            self.params,
-            self.state,
-            (ids, lengths, restart),
-            _keyed(self.key, live, rows),
-            np.float32(self.temperature),
+        prompt, keyed = (ids, lengths, restart), _keyed(self.key, live, rows)
+        self.state, reply = _kept(
+            player, self.params, self.state, prompt, keyed, self.temperature
         )
         contexts = [episode.contexts.pop() for episode in live]
         return _record(player, live, contexts, reply)
@@ -277,6 +289,31 @@ class _Whole:
 
 
 _gather = jax.jit(sampler.gather)
+
+
+def _fresh(player: Player, params, prompt, keyed, temperature: float):
+    return _fresh_turn(
+        player.model,
+        player.prompt.max_response_length,
+        player.encoder.stop_id,
+        params,
+        prompt,
+        keyed,
+        np.float32(temperature),
+    )
+
+
+def _kept(player: Player, params, state, prompt, keyed, temperature: float):
+    return _kept_turn(
+        player.model,
+        player.prompt.max_response_length,
+        player.encoder.stop_id,
+        params,
+        state,
+        prompt,
+        keyed,
+        np.float32(temperature),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -346,11 +383,3 @@ def _ragged(rows: Sequence[np.ndarray], size: int, length: int):
     for b, row in enumerate(rows):
         ids[b, : len(row)], lengths[b] = row, len(row)
     return ids, lengths
-
-
-def _powers_of_two(limit: int) -> tuple[int, ...]:
-    sizes, size = [], 16
-    while size < limit:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, limit)

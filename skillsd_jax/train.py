@@ -157,6 +157,8 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
         start = self._restore()
+        with self.clock("compile"):
+            rollout.warm_up(self.player, self.state.params)
         if not self.host:
             self._before()
         self.writer = metrics.open_writer(self.config.writers, self.workdir, start)

@@ -6,6 +6,7 @@ score on generated games is not comparable with a published one.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -87,12 +88,8 @@ class Generated:
     def __init__(self, split: str, rooms: str, families: str, max_receptacles: int):
         self._split = split
         self._families = parse_families(families)
-        numbers = alfworld_rooms.scenes(split, rooms)
-        places = [alfworld_rooms.room(n, max_receptacles) for n in numbers]
         self._chances = {
-            family: [
-                (room, options) for room in places if (options := goals(room, family))
-            ]
+            family: _chances(split, rooms, family, max_receptacles)
             for family in self._families
         }
         for family, chances in self._chances.items():
@@ -201,6 +198,16 @@ def goals(room: Room, family: str) -> list[Goal]:
         if kind != tool and cls in tables.VAL_RECEPTACLE_OBJECTS[kind]
         if alfworld_rooms.homes(room.kinds, cls, avoid=kind)
     ]
+
+
+@functools.cache
+def _chances(
+    split: str, rooms: str, family: str, max_receptacles: int
+) -> list[tuple[Room, list[Goal]]]:
+    """The rooms that can ask for a family, and what they can ask."""
+    numbers = alfworld_rooms.scenes(split, rooms)
+    places = [alfworld_rooms.room(number, max_receptacles) for number in numbers]
+    return [(room, found) for room in places if (found := goals(room, family))]
 
 
 def _make(rng: np.random.Generator, room: Room, options: list[Goal]) -> Game:
