@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-ALFWORLD = ["alfworld>=0.4.2", "textworld>=1.7.0"]  # builds from source: gcc, cmake
+# Their internals are used. Builds from source: gcc, cmake.
+ALFWORLD = ["alfworld>=0.4.2,<0.5", "textworld>=1.7.0,<1.8"]
 TENSORBOARD = ["tensorboardX>=2.6"]
 WANDB = ["wandb>=0.18"]
 NOTEBOOKS = ["ipykernel>=6", "matplotlib>=3.8", "nbclient>=0.10", "nbformat>=5"]

@@ -34,7 +34,7 @@ class Alfworld:
     max_steps: int = 15  # turns per episode
     rooms: str = "kitchen"  # kitchen, all
     families: str = "pick,clean,heat,cool"  # comma-separated, or 'all' (six)
-    max_receptacles: int = 20  # larger rooms are left out; 0: every room
+    max_receptacles: int = 20  # generated rooms lose cabinets over it; 0: no limit
     view: str = "notes"  # 'notes' (compact memory of what was read) or 'native'
     cache: str = ""  # folder for generated games; "": the user's cache folder
     games: str = ""  # folder with json_2.1.1/; "": $ALFWORLD_DATA, else generated

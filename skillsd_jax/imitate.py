@@ -61,7 +61,7 @@ def play(
 def expert_skill(environment: base.Environment, seed: int) -> str:
     """The skill text that one expert episode of the task summarises to."""
     environment.reset(seed)
-    plan = environment.expert_commands()
+    plan = environment.expert_workflow()
     episode = play(environment, seed, np.random.default_rng(0), plan)
     return summarizer.render(summarizer.summarize(episode, 0, "expert"))
 
@@ -85,7 +85,7 @@ def demonstrations(
         plain = play(environment, task, rng, noise=config.noise)
         environment.reset(task)
         misled = rng.random() < config.misled
-        plan = () if misled else environment.expert_commands()
+        plan = () if misled else environment.expert_workflow()
         source = play(environment, task, rng, plan, config.noise)
         skill = summarizer.summarize(source, 0, "demonstration")
         workflow = skill.golden_workflow

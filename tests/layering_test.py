@@ -19,7 +19,7 @@ LINES = (
     ("train",),
     ("agent",),
     ("evaluate", "experience", "imitate", "report"),
-    ("rollout", "learner", "checkpoint", "metrics"),
+    ("rollout", "learner", "checkpoint", "metrics", "timing"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
     ("models",),
@@ -48,6 +48,7 @@ FILE_WRITERS = {
     "skills.bank",
     "models.huggingface",
     "models.tokenizer",  # its save is given a path by artifacts.cached
+    "agent",  # likewise: the warm start
 }
 OPTIONAL = {"alfworld", "textworld", "fast_downward", "wandb", "tensorboardX"}
 STANDARD = set(sys.stdlib_module_names)

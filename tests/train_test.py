@@ -148,7 +148,7 @@ def test_tasks_are_drawn_in_epochs_without_state():
 def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):
     config = toy(tmp_path)
     config.iterations = 1
-    config.prompt.context, config.prompt.max_length = "whole", 256
+    config.prompt.context, config.prompt.max_length = "whole", 512
     summary = train.run(config, str(tmp_path / "work"))
     (row,) = metrics.read(tmp_path / "work" / "metrics.jsonl")
     assert row["rows"] == 4 and np.isfinite(row["loss"])

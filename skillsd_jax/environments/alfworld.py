@@ -105,7 +105,7 @@ class Alfworld:
         command = chores.player(self._notes, rng, workflow, noise, self._knows_tools)
         return f"<action>{command}</action>"
 
-    def expert_commands(self) -> list[str]:
+    def expert_workflow(self) -> list[str]:
         """A plan that wins from here, read off the true state."""
         names = {id: each.name for id, each in self._engine.entities.items()}
         return alfworld_expert.plan(

@@ -81,10 +81,11 @@ class Environment(Protocol):
         """
         ...
 
-    def expert_commands(self) -> list[str]:
-        """Commands that solve the episode from its start, read off the hidden state.
+    def expert_workflow(self) -> list[str]:
+        """The workflow that solves the episode from its start, off the hidden state.
 
-        Only for demonstrations and for the skills of the teacher's own panel.
+        `demonstrate` wins by it. Only for demonstrations and for the skills of the
+        teacher's own panel.
         """
         ...
 

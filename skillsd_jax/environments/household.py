@@ -172,7 +172,7 @@ class Household:
         command = chores.player(self._notes, rng, workflow, noise, self._knows_tools)
         return f"<action>{command}</action>"
 
-    def expert_commands(self) -> list[str]:
+    def expert_workflow(self) -> list[str]:
         level = self._level
         thing, verb = OBJECTS[level.objects[0]], FAMILIES[level.family]
         source, goal = PLACES[level.places[0]], PLACES[level.destination]

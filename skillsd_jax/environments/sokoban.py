@@ -35,6 +35,7 @@ class Sokoban:
                 f"min_moves={self._options.min_moves} leaves no level that "
                 f"max_steps={self.max_steps} turns could solve; lower min_moves"
             )
+        self.data = "generated"
         self._split = split
         self._require_think = require_think
         self._done = True
@@ -97,12 +98,20 @@ class Sokoban:
         if noise and rng.random() < noise:
             return _reply(_random_move(rng))
         advice = dict(entry.rpartition(" ")[::2] for entry in workflow)
-        told = advice.get(self._key())
+        told = advice.get(self._key(self._state))
         if told in levels.MOVES:
             return _reply(told)
         sound = rng.random() < _SOUND
         planned = self._planned_move() if sound else None
         return _reply(planned or _random_move(rng))
+
+    def expert_workflow(self) -> list[str]:
+        """A shortest plan, one entry per state, as a skill would have it."""
+        state, entries = self._state, []
+        for action in levels.solve(self._board, state) or ():
+            entries.append(f"{self._key(state)} {levels.MOVES[action]}")
+            state = levels.move(self._board, state, action)
+        return entries
 
     @classmethod
     def lexicon(cls, **options) -> list[str]:
@@ -128,9 +137,9 @@ class Sokoban:
                 state = levels.move(self._board, state, action)
         return self._plan[self._state]
 
-    def _key(self) -> str:
-        """The state as a workflow names it: the player's square, then the boxes'."""
-        squares = [self._state.player, *sorted(self._state.boxes)]
+    def _key(self, state: levels.State) -> str:
+        """A state as a workflow names it: the player's square, then the boxes'."""
+        squares = [state.player, *sorted(state.boxes)]
         return " ".join(map(self._board.name, squares))
 
     def _render(self) -> str:

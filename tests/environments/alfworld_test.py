@@ -47,7 +47,7 @@ def test_expert_wins_every_family_with_admissible_commands(make):
     won = dict.fromkeys(TASKS, 0)
     for seed in range(24):
         step = environment.reset(seed)
-        for command in environment.expert_commands():
+        for command in environment.expert_workflow():
             assert command in step.admissible
             assert not step.done
             step = act(environment, command)
@@ -67,7 +67,7 @@ def test_expert_wins_from_where_another_left_off(make):
             if not step.done:
                 step = act(environment, rng.choice(step.admissible))
         hindered += bool(environment._engine.facts.of("holds"))
-        for command in environment.expert_commands() if not step.done else ():
+        for command in environment.expert_workflow() if not step.done else ():
             step = act(environment, command)
         assert step.success
     assert hindered  # somebody had to put something down first
@@ -81,7 +81,7 @@ def test_a_workflow_beats_an_honest_search(make):
     told = 0
     for seed in range(40):
         environment.reset(seed)
-        plan = environment.expert_commands()
+        plan = environment.expert_workflow()
         told += play(environment, seed, rng, plan).success
     assert told == 40
     assert 4 <= plain <= 30
@@ -91,7 +91,7 @@ def test_a_workflow_beats_an_honest_search(make):
 def test_reward_comes_once_with_success(make):
     environment = make()
     environment.reset(0)
-    *plan, last = environment.expert_commands()
+    *plan, last = environment.expert_workflow()
     steps = [act(environment, command) for command in plan]
     assert [step.reward for step in steps] == [0] * len(plan)
     step = act(environment, last)
@@ -180,7 +180,7 @@ def test_older_games_keep_their_wording(make, tmp_path):
     write_original(folder, game, grammar)
     environment = make("train", games=str(tmp_path / "data"), max_receptacles=0)
     environment.reset(0)
-    plan = environment.expert_commands()
+    plan = environment.expert_workflow()
     assert plan[-1].startswith("put ") and " in/on " in plan[-1]
     assert play(environment, 0, np.random.default_rng(0), plan).success
 

@@ -1,0 +1,243 @@
+"""The sampler against the scorer and against the softmax it draws from."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from skillsd_jax import sampler
+from skillsd_jax.models import qwen, scoring
+from skillsd_jax.tokens import TokenView
+
+CONFIG = qwen.ModelConfig(
+    vocab=13, width=16, layers=2, heads=4, kv_heads=2, head_size=4, hidden=24
+)
+STOP = 5
+SLOTS = 40
+
+
+@functools.cache
+def sharp():
+    """Parameters with uneven predictions: a fresh model's are nearly uniform."""
+    params = qwen.init(CONFIG, jax.random.key(0))
+    return {**params, "embed": params["embed"] * 3}
+
+
+def prompts(rows, width, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, CONFIG.vocab, (rows, width)).astype(np.int32)
+    return tokens, rng.integers(1, width + 1, rows).astype(np.int32)
+
+
+def row_keys(rows, seed=0):
+    return jax.random.split(jax.random.key(seed), rows)
+
+
+def turn(state, tokens, length, keys, live=None, temperature=1.0, max_new=4, stop=STOP):
+    live = np.ones(len(length), bool) if live is None else live
+    return sampler.turn(
+        CONFIG, sharp(), state, tokens, length, keys, live, temperature, max_new, stop
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprobs_equal_the_scorer_over_ragged_turns(temperature):
+    rows, rng = 5, np.random.default_rng(0)
+    state = sampler.start(CONFIG, rows, SLOTS)
+    context, sampled = [[] for _ in range(rows)], [[] for _ in range(rows)]
+    for step in range(4):
+        text, length = prompts(rows, 5, seed=step)
+        live = rng.random(rows) < 0.8
+        tokens = np.zeros((rows, 6), np.int32)
+        fed = np.zeros(rows, np.int32)
+        for b in np.flatnonzero(live):
+            new = text[b, : length[b]].tolist()
+            # the last sampled token was not read yet
+            pending = context[b][-1:] if context[b] else []
+            fed[b] = len(pending + new)
+            tokens[b, : fed[b]] = pending + new
+            context[b] += new
+        state, reply = turn(state, tokens, fed, row_keys(rows, step), live, temperature)
+        for b in range(rows):
+            count = int(reply.count[b])
+            assert (count > 0) == live[b]
+            for token, logprob in zip(reply.tokens[b, :count], reply.logprob[b]):
+                sampled[b].append((len(context[b]), float(logprob)))
+                context[b].append(int(token))
+    width = max(map(len, context))
+    assert len({len(c) for c in context}) > 1
+    tokens = np.array([c + [0] * (width - len(c)) for c in context], np.int32)
+    many = max(map(len, sampled))
+    scored, mask = np.ones((rows, many), np.int32), np.zeros((rows, many), np.float32)
+    drawn = np.zeros((rows, many))
+    for b, pairs in enumerate(sampled):
+        scored[b, : len(pairs)] = [t for t, _ in pairs]
+        drawn[b, : len(pairs)] = [logprob for _, logprob in pairs]
+        mask[b, : len(pairs)] = 1
+    view = TokenView(tokens, np.array(list(map(len, context)), np.int32), scored)
+    scores = scoring.score(CONFIG, sharp(), view, temperature, mask)
+    np.testing.assert_allclose(scores.logprob, drawn, atol=1e-4)
+
+
+def test_temperature_zero_is_greedy_and_reports_logprobs_at_one():
+    rows = 6
+    tokens, length = prompts(rows, 5)
+    _, reply = turn(
+        sampler.start(CONFIG, rows, SLOTS), tokens, length, row_keys(rows), None, 0.0
+    )
+    apply = jax.jit(qwen.apply, static_argnums=0)
+    for b in range(rows):
+        ids = tokens[b, : length[b]].tolist()
+        for r in range(int(reply.count[b])):
+            padded = np.array([ids + [0] * (SLOTS - len(ids))], np.int32)
+            logs = jax.nn.log_softmax(apply(CONFIG, sharp(), padded)[0, len(ids) - 1])
+            assert reply.tokens[b, r] == jnp.argmax(logs)
+            np.testing.assert_allclose(reply.logprob[b, r], logs.max(), atol=1e-4)
+            ids.append(int(reply.tokens[b, r]))
+
+
+def test_a_reply_depends_on_its_own_key_alone():
+    rows = 6
+    tokens, length = prompts(rows, 5)
+    keys = row_keys(rows)
+    _, together = turn(sampler.start(CONFIG, rows, SLOTS), tokens, length, keys)
+    order = np.array([4, 1, 5])
+    _, apart = turn(
+        sampler.start(CONFIG, 3, SLOTS), tokens[order], length[order], keys[order]
+    )
+    np.testing.assert_array_equal(apart.tokens, together.tokens[order])
+    np.testing.assert_array_equal(apart.count, together.count[order])
+    np.testing.assert_allclose(apart.logprob, together.logprob[order], atol=1e-5)
+    # and members of a group with one prompt differ
+    same = np.tile(tokens[:1], (rows, 1)), np.tile(length[:1], rows)
+    _, group = turn(sampler.start(CONFIG, rows, SLOTS), *same, keys)
+    assert len({tuple(row.tolist()) for row in np.asarray(group.tokens)}) > 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_frequencies_match_the_softmax(temperature):
+    """Chi-square of 20,000 first tokens and of as many second ones.
+
+    The seed is fixed, so the outcome is too; a right sampler would fail for one seed in
+    ten thousand per case (quantile 0.9999 of 12 degrees of freedom: 39.1).
+    """
+    rows = 20_000
+    tokens, length = np.full((rows, 2), 3, np.int32), np.full(rows, 2, np.int32)
+    _, reply = turn(
+        sampler.start(CONFIG, rows, 4),
+        tokens,
+        length,
+        row_keys(rows),
+        None,
+        temperature,
+        max_new=2,
+        stop=-1,
+    )
+    apply = jax.jit(qwen.apply, static_argnums=0)
+    first, second = np.asarray(reply.tokens).T
+    after = np.array([[3, 3, v] for v in range(CONFIG.vocab)], np.int32)
+    logits = apply(CONFIG, sharp(), after) / temperature
+    p_first = np.asarray(jax.nn.softmax(logits[0, 1]))
+    p_second = p_first @ np.asarray(jax.nn.softmax(logits[:, 2]))
+    for drawn, p in ((first, p_first), (second, p_second)):
+        count = np.bincount(drawn, minlength=CONFIG.vocab)
+        expected = rows * p
+        assert expected.min() > 5
+        assert ((count - expected) ** 2 / expected).sum() < 39.1
+
+
+def test_finished_rows_stop_and_the_stop_token_counts():
+    rows = 64
+    tokens, length = prompts(rows, 4)
+    live = np.arange(rows) % 4 != 0
+    state = sampler.start(CONFIG, rows, SLOTS)
+    state, reply = turn(state, tokens, length, row_keys(rows), live, max_new=6)
+    count, drawn = np.asarray(reply.count), np.asarray(reply.tokens)
+    assert (count[~live] == 0).all()
+    stopped = 0
+    for b in np.flatnonzero(live):
+        assert STOP not in drawn[b, : count[b] - 1]
+        ended = drawn[b, count[b] - 1] == STOP
+        stopped += ended
+        assert ended or count[b] == 6
+        assert (drawn[b, count[b] :] == 0).all()
+        assert (np.asarray(reply.logprob)[b, count[b] :] == 0).all()
+    assert 0 < stopped < live.sum() and len(set(count)) > 3
+    # all but the last sampled token were read
+    read = length + np.maximum(count - 1, 0)
+    np.testing.assert_array_equal(state.cache.length, read)
+
+
+def test_decoding_ends_with_the_last_live_row():
+    rows = 4
+    tokens, length = prompts(rows, 4)
+    _, one = turn(
+        sampler.start(CONFIG, rows, SLOTS), tokens, length, row_keys(rows), max_new=1
+    )
+    first = int(one.tokens[0, 0])
+    live = np.array([True, False, False, False])
+    state = sampler.start(CONFIG, rows, SLOTS)
+    state, reply = turn(state, tokens, length, row_keys(rows), live, 1.0, 8, first)
+    assert reply.count.tolist() == [1, 0, 0, 0]
+    # nothing was decoded: the logits are still those behind the prompt
+    before = sampler.extend(
+        CONFIG, sharp(), sampler.start(CONFIG, rows, SLOTS), tokens, length
+    )
+    np.testing.assert_allclose(state.logits, before.logits, atol=1e-5)
+
+
+def test_rows_without_new_tokens_stay_as_they_are():
+    rows = 3
+    tokens, length = prompts(rows, 4)
+    extend = jax.jit(sampler.extend, static_argnums=0)
+    before = extend(CONFIG, sharp(), sampler.start(CONFIG, rows, SLOTS), tokens, length)
+    none, still = np.array([0, 2, 0], np.int32), np.array([0, 2])
+    after = extend(CONFIG, sharp(), before, tokens, none)
+    for name in ("keys", "values"):
+        old, new = getattr(before.cache, name), getattr(after.cache, name)
+        np.testing.assert_array_equal(old[:, still], new[:, still])
+    np.testing.assert_array_equal(before.logits[still], after.logits[still])
+    assert np.abs(before.logits[1] - after.logits[1]).max() > 1e-3
+
+
+def test_a_prompt_read_once_serves_a_group():
+    tokens, length = prompts(1, 5)
+    one = sampler.start(CONFIG, 1, SLOTS)
+    one = sampler.extend(CONFIG, sharp(), one, tokens, length)
+    index, keys, live = np.zeros(4, int), row_keys(4), np.ones(4, bool)
+    shared = sampler.gather(one, index)
+    _, copied = sampler.generate(CONFIG, sharp(), shared, keys, live, 4, 1.0, STOP)
+    whole = sampler.start(CONFIG, 4, SLOTS)
+    _, read = turn(whole, tokens[index], length[index], keys)
+    np.testing.assert_array_equal(copied.tokens, read.tokens)
+
+
+def test_turn_consumes_its_state_and_compiles_once():
+    rows = 4
+    state = sampler.start(CONFIG, rows, SLOTS)
+    sizes = []
+    for step in range(5):
+        tokens, length = prompts(rows, 4, seed=step)
+        live = np.arange(rows) < 4 - step % 2
+        given = state
+        state, _ = turn(
+            state, tokens, length, row_keys(rows, step), live, 1.0 / (1 + step)
+        )
+        sizes.append(sampler.turn._cache_size())
+        assert given.cache.keys.is_deleted()
+    assert len(set(sizes)) == 1
+
+
+def test_bfloat16_keeps_float32_logprobs():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    tokens, length = prompts(3, 4)
+    state = sampler.start(config, 3, SLOTS)
+    live = np.ones(3, bool)
+    state, reply = sampler.turn(
+        config, sharp(), state, tokens, length, row_keys(3), live, 1.0, 3, STOP
+    )
+    assert state.cache.keys.dtype == jnp.bfloat16
+    assert state.logits.dtype == reply.logprob.dtype == jnp.float32
