@@ -81,8 +81,25 @@ def _embedded(config: settings.Config, say: Callable[[str], None]):
     )
 
 
-def _make(config: settings.Config, say: Callable[[str], None]):
-    """Demonstrations, a tokenizer of their words, and a network cloned from them."""
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What a warm start is cloned from.
+
+    Args:
+      words: tokenizer trained on the episodes' text.
+      model: shape of the network, with that vocabulary.
+      data: plain rows and skilled rows, packed.
+      record: counts and the demonstrator's own success.
+    """
+
+    words: tokenizer.Tokenizer
+    model: qwen.ModelConfig
+    data: list[imitate.Recorded]
+    record: dict[str, Any]
+
+
+def record(config: settings.Config, say: Callable[[str], None]) -> Recording:
+    """Plays the demonstrations and packs them, in a vocabulary of their own."""
     (environment,) = rollout.environments(config.environment, "train")
     say(f"warm start: playing {config.imitate.episodes} demonstrations")
     made = imitate.demonstrations(environment, config.imitate, config.seed)
@@ -92,18 +109,26 @@ def _make(config: settings.Config, say: Callable[[str], None]):
     words = tokenizer.train(corpus, _lexicon(config.environment))
     model = _shape(config.model, words.vocab_size)
     plain, skilled = _rows(Prompter(words, config.prompt), episodes)
-    say(f"warm start: cloning {len(plain)} plain and {len(skilled)} skilled rows")
     player = rollout.Player(model, words, config.prompt, config.rollout.rows)
     scored = player.scored(environment.max_steps)
-    data = [imitate.record(rows, scored) for rows in (plain, skilled)]
-    params, curve = _clone(config, model, data, say)
     won = [np.mean([episode[i].success for episode in episodes]) for i in (0, 2)]
-    record = {
-        "demonstrator": {"plain": float(won[0]), "skilled": float(won[1])},
-        "rows": {"plain": len(plain), "skilled": len(skilled)},
-        "loss": curve,
-    }
-    return words, model, params, record
+    return Recording(
+        words=words,
+        model=model,
+        data=[imitate.record(rows, scored) for rows in (plain, skilled)],
+        record={
+            "demonstrator": {"plain": float(won[0]), "skilled": float(won[1])},
+            "rows": {"plain": len(plain), "skilled": len(skilled)},
+        },
+    )
+
+
+def _make(config: settings.Config, say: Callable[[str], None]):
+    made = record(config, say)
+    rows = made.record["rows"]
+    say(f"warm start: cloning {rows['plain']} plain and {rows['skilled']} skilled rows")
+    params, curve = _clone(config, made.model, made.data, say)
+    return made.words, made.model, params, made.record | {"loss": curve}
 
 
 def _rows(prompter: Prompter, episodes):

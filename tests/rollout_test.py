@@ -95,7 +95,7 @@ def player(request, model, encoder):
     prompt = settings.Prompt(
         context=request.param, max_skill_length=112, max_length=256
     )
-    return rollout.Player(model, encoder, prompt, rows=8)
+    return rollout.Player(model, encoder, prompt, rows=4)
 
 
 def play(player, params, seeds=SEEDS, key=KEY, temperature=TEMPERATURE, hint=None):
@@ -113,7 +113,7 @@ def play(player, params, seeds=SEEDS, key=KEY, temperature=TEMPERATURE, hint=Non
 
 @pytest.fixture(scope="module")
 def played(player, params):
-    """Eight episodes of unequal length, and what they compiled after the warm-up."""
+    """Two batches of unequal episodes, and what they compiled after the warm-up."""
     jax.random.key(KEY)
     rollout.warm_up(player, params)
     compilations = timing.Compilations()
@@ -214,7 +214,7 @@ def test_a_reply_does_not_depend_on_who_shares_the_batch(player, params, played)
 
 
 def test_more_episodes_than_rows_are_played_in_turn(player, params, played):
-    halved = dataclasses.replace(player, rows=4)
+    halved = dataclasses.replace(player, rows=2)
     assert replies(play(halved, params)) == replies(played.trajectories)
 
 

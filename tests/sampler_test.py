@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,22 @@ from skillsd_jax.models import qwen, scoring
 from skillsd_jax.tokens import TokenView
 
 CONFIG = qwen.ModelConfig(
-    vocab=13, width=16, layers=2, heads=4, kv_heads=2, head_size=4, hidden=24
+    vocab=13,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=4,
+    hidden=24,
+    tie_embeddings=False,  # tied and untrained, it repeats its last token
 )
 STOP = 5
 SLOTS = 40
 
 
 @functools.cache
-def sharp():
-    """Parameters with uneven predictions: a fresh model's are nearly uniform."""
-    params = qwen.init(CONFIG, jax.random.key(0))
-    return {**params, "embed": params["embed"] * 3}
+def params():
+    return qwen.init(CONFIG, jax.random.key(0))
 
 
 def prompts(rows, width, seed=0):
@@ -39,7 +45,7 @@ def row_keys(rows, seed=0):
 def turn(state, tokens, length, keys, live=None, temperature=1.0, max_new=4, stop=STOP):
     live = np.ones(len(length), bool) if live is None else live
     return sampler.turn(
-        CONFIG, sharp(), state, tokens, length, keys, live, temperature, max_new, stop
+        CONFIG, params(), state, tokens, length, keys, live, temperature, max_new, stop
     )
 
 
@@ -78,7 +84,7 @@ def test_sampled_logprobs_equal_the_scorer_over_ragged_turns(temperature):
         drawn[b, : len(pairs)] = [logprob for _, logprob in pairs]
         mask[b, : len(pairs)] = 1
     view = TokenView(tokens, np.array(list(map(len, context)), np.int32), scored)
-    scores = scoring.score(CONFIG, sharp(), view, temperature, mask)
+    scores = scoring.score(CONFIG, params(), view, temperature, mask)
     np.testing.assert_allclose(scores.logprob, drawn, atol=1e-4)
 
 
@@ -93,7 +99,7 @@ def test_temperature_zero_is_greedy_and_reports_logprobs_at_one():
         ids = tokens[b, : length[b]].tolist()
         for r in range(int(reply.count[b])):
             padded = np.array([ids + [0] * (SLOTS - len(ids))], np.int32)
-            logs = jax.nn.log_softmax(apply(CONFIG, sharp(), padded)[0, len(ids) - 1])
+            logs = jax.nn.log_softmax(apply(CONFIG, params(), padded)[0, len(ids) - 1])
             assert reply.tokens[b, r] == jnp.argmax(logs)
             np.testing.assert_allclose(reply.logprob[b, r], logs.max(), atol=1e-4)
             ids.append(int(reply.tokens[b, r]))
@@ -117,7 +123,7 @@ def test_a_reply_depends_on_its_own_key_alone():
     assert len({tuple(row.tolist()) for row in np.asarray(group.tokens)}) > 1
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_frequencies_match_the_softmax(temperature):
     """Chi-square of 20,000 first tokens and of as many second ones.
 
@@ -139,7 +145,7 @@ def test_frequencies_match_the_softmax(temperature):
     apply = jax.jit(qwen.apply, static_argnums=0)
     first, second = np.asarray(reply.tokens).T
     after = np.array([[3, 3, v] for v in range(CONFIG.vocab)], np.int32)
-    logits = apply(CONFIG, sharp(), after) / temperature
+    logits = apply(CONFIG, params(), after) / temperature
     p_first = np.asarray(jax.nn.softmax(logits[0, 1]))
     p_second = p_first @ np.asarray(jax.nn.softmax(logits[:, 2]))
     for drawn, p in ((first, p_first), (second, p_second)):
@@ -172,30 +178,30 @@ def test_finished_rows_stop_and_the_stop_token_counts():
 
 
 def test_decoding_ends_with_the_last_live_row():
-    rows = 4
-    tokens, length = prompts(rows, 4)
-    _, one = turn(
-        sampler.start(CONFIG, rows, SLOTS), tokens, length, row_keys(rows), max_new=1
-    )
-    first = int(one.tokens[0, 0])
-    live = np.array([True, False, False, False])
-    state = sampler.start(CONFIG, rows, SLOTS)
-    state, reply = turn(state, tokens, length, row_keys(rows), live, 1.0, 8, first)
-    assert reply.count.tolist() == [1, 0, 0, 0]
-    # nothing was decoded: the logits are still those behind the prompt
-    before = sampler.extend(
-        CONFIG, sharp(), sampler.start(CONFIG, rows, SLOTS), tokens, length
-    )
-    np.testing.assert_allclose(state.logits, before.logits, atol=1e-5)
+    """A loop that ran on would take half a minute of CPU time for 300,000 steps."""
+    tokens, length = prompts(2, 4)
+    keys, live, many = row_keys(2), np.array([True, False]), 300_000
+    _, one = turn(sampler.start(CONFIG, 2, 4), tokens, length, keys, live, max_new=1)
+    stop = int(one.tokens[0, 0])
+    state = sampler.start(CONFIG, 2, 4)
+    compiled = sampler.turn.lower(
+        CONFIG, params(), state, tokens, length, keys, live, 1.0, many, stop
+    ).compile()
+    began = time.process_time()
+    _, reply = compiled(params(), state, tokens, length, keys, live, 1.0)
+    assert reply.count.tolist() == [1, 0]
+    assert time.process_time() - began < 2
 
 
 def test_rows_without_new_tokens_stay_as_they_are():
     rows = 3
     tokens, length = prompts(rows, 4)
     extend = jax.jit(sampler.extend, static_argnums=0)
-    before = extend(CONFIG, sharp(), sampler.start(CONFIG, rows, SLOTS), tokens, length)
+    before = extend(
+        CONFIG, params(), sampler.start(CONFIG, rows, SLOTS), tokens, length
+    )
     none, still = np.array([0, 2, 0], np.int32), np.array([0, 2])
-    after = extend(CONFIG, sharp(), before, tokens, none)
+    after = extend(CONFIG, params(), before, tokens, none)
     for name in ("keys", "values"):
         old, new = getattr(before.cache, name), getattr(after.cache, name)
         np.testing.assert_array_equal(old[:, still], new[:, still])
@@ -206,10 +212,10 @@ def test_rows_without_new_tokens_stay_as_they_are():
 def test_a_prompt_read_once_serves_a_group():
     tokens, length = prompts(1, 5)
     one = sampler.start(CONFIG, 1, SLOTS)
-    one = sampler.extend(CONFIG, sharp(), one, tokens, length)
+    one = sampler.extend(CONFIG, params(), one, tokens, length)
     index, keys, live = np.zeros(4, int), row_keys(4), np.ones(4, bool)
     shared = sampler.gather(one, index)
-    _, copied = sampler.generate(CONFIG, sharp(), shared, keys, live, 4, 1.0, STOP)
+    _, copied = sampler.generate(CONFIG, params(), shared, keys, live, 4, 1.0, STOP)
     whole = sampler.start(CONFIG, 4, SLOTS)
     _, read = turn(whole, tokens[index], length[index], keys)
     np.testing.assert_array_equal(copied.tokens, read.tokens)
@@ -237,7 +243,7 @@ def test_bfloat16_keeps_float32_logprobs():
     state = sampler.start(config, 3, SLOTS)
     live = np.ones(3, bool)
     state, reply = sampler.turn(
-        config, sharp(), state, tokens, length, row_keys(3), live, 1.0, 3, STOP
+        config, params(), state, tokens, length, row_keys(3), live, 1.0, 3, STOP
     )
     assert state.cache.keys.dtype == jnp.bfloat16
     assert state.logits.dtype == reply.logprob.dtype == jnp.float32
