@@ -37,7 +37,8 @@ def _embedded() -> Config:
     config.model.hidden = 384
     config.prompt.max_prompt_length = 64  # a grid and three squares: 56
     config.prompt.max_skill_length = 56  # four tokens per move of the plan
-    config.imitate.steps = 1200  # looking up advice by state is learned late
+    config.iterations = 30  # three in four levels are solved by then
+    config.imitate.steps = 1000  # looking up advice by state is learned late
     config.evaluate.tasks = 128  # games of the test panel
     config.evaluate.samples = 2  # halves the sampling noise of a game
     return config
