@@ -30,6 +30,7 @@ def get_config(preset: str = "") -> Config:
 def _embedded() -> Config:
     config = Config()
     config.environment.name = "sokoban"
+    config.environment.train_tasks = 2048  # 128 are learned by heart
     config.model.width = 96  # planning pushes asks for more than finding things
     config.model.layers = 3  # likewise
     config.model.heads = 6  # keeps 16 dimensions a head
@@ -37,7 +38,7 @@ def _embedded() -> Config:
     config.model.hidden = 384
     config.prompt.max_prompt_length = 64  # a grid and three squares: 56
     config.prompt.max_skill_length = 56  # four tokens per move of the plan
-    config.iterations = 30  # three in four levels are solved by then
+    config.iterations = 30  # fits a quarter of an hour
     config.imitate.steps = 1000  # looking up advice by state is learned late
     config.evaluate.tasks = 128  # games of the test panel
     config.evaluate.samples = 2  # halves the sampling noise of a game
