@@ -10,7 +10,7 @@ command on the same workdir resumes.
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from skillsd_jax import presets
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     if CONFIG.value is None:
         print(presets.listing())
         return
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every step of every save
     spec = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = WORKDIR.value or presets.default_workdir(spec, CONFIG.value)
     try:
