@@ -1,8 +1,10 @@
 """A warm start is made once for all that share it, and is the same ever after."""
 
+import compileall
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,57 +26,69 @@ def toy(cache) -> settings.Config:
     return config
 
 
-class Watched(household.Household):
-    """Notes which splits it is made for."""
+SPLITS: list[str] = []
 
-    splits: list[str] = []
+
+class Watched(household.Household):
+    """Notes in SPLITS what it is made for."""
 
     def __init__(self, split="train", **options):
         super().__init__(split, **options)
-        self.splits.append(split)
+        SPLITS.append(split)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A warm start, what was said meanwhile, and the cache it lies in."""
-    cache, lines = tmp_path_factory.mktemp("cache"), []
+    """A warm start, the weights that were cloned, what was said, the cache."""
+    cache, lines, cloned = tmp_path_factory.mktemp("cache"), [], []
+    clone = imitate.clone
+
+    def watched(*arguments):
+        for done in clone(*arguments):
+            cloned.append(done[1])
+            yield done
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENVIRONMENTS, "household", Watched)
+        patch.setattr(imitate, "clone", watched)
         first = agent.make_agent(toy(cache), lines.append)
-    return first, lines, cache
+    return SimpleNamespace(agent=first, cloned=cloned[-1], lines=lines, cache=cache)
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype == np.float32
+        np.testing.assert_array_equal(x, y)
 
 
 def test_a_warm_start_is_made_once_and_loaded_to_the_bit(made):
-    first, lines, cache = made
-    assert lines
-    said = []
-    again = agent.make_agent(toy(cache), said.append)
+    first, said = made.agent, []
+    assert made.lines
+    again = agent.make_agent(toy(made.cache), said.append)
     assert not said
-    assert len(list((cache / "warm_starts").iterdir())) == 1
+    assert len(list((made.cache / "warm_starts").iterdir())) == 1
+    assert_same_bits(first.params, made.cloned)
+    assert_same_bits(again.params, made.cloned)
     assert again.player.model == first.player.model
     assert again.record == first.record
-    assert jax.tree.structure(again.params) == jax.tree.structure(first.params)
-    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(first.params)):
-        assert a.dtype == b.dtype == np.float32
-        np.testing.assert_array_equal(a, b)
     text = "heat the apple 1 and move it to the shelf 1 \x00é<|im_end|>"
     encode = again.player.encoder.encode
     assert encode(text) == first.player.encoder.encode(text)
 
 
 def test_making_it_anew_gives_the_same_bits(made, tmp_path):
-    first, _, _ = made
     again = agent.make_agent(toy(tmp_path), lambda line: None)
-    jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
-    assert again.record == first.record
+    assert_same_bits(again.params, made.agent.params)
+    assert again.record == made.agent.record
 
 
 def test_it_learns_from_training_tasks_only(made):
-    assert set(Watched.splits) == {"train"}
+    assert set(SPLITS) == {"train"}
 
 
 def test_its_record_says_how_it_came_about(made):
-    record = made[0].record
+    record = made.agent.record
     assert json.loads(json.dumps(record)) == record
     assert record["rows"]["plain"] > 12 and record["rows"]["skilled"] > 12
     assert 0 < record["demonstrator"]["plain"] <= record["demonstrator"]["skilled"] <= 1
@@ -156,3 +170,38 @@ def test_a_setting_that_matters_makes_another(name, change):
 )
 def test_a_setting_that_does_not_matter_shares_it(name, change):
     assert name(**change) == name()
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """A copy of the package that the sources of a warm start are read from."""
+    package = Path(skillsd_jax.__file__).parent
+    copied = tmp_path / "skillsd_jax"
+    shutil.copytree(package, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(skillsd_jax, "__file__", str(copied / "__init__.py"))
+    return copied
+
+
+@pytest.mark.parametrize(
+    "path", ["environments/household.py", "models/qwen.py", "imitate.py", "prompts.py"]
+)
+def test_a_change_of_what_makes_it_makes_another(name, sources, path):
+    before = name()
+    assert name() == before
+    with open(sources / path, "a") as file:
+        file.write("# changed\n")
+    assert name() != before
+
+
+def test_a_change_of_what_only_uses_it_shares_it(name, sources):
+    before = name()
+    for path in ("learner.py", "losses/objective.py", "evaluate.py"):
+        (sources / path).write_text("")
+    assert name() == before
+
+
+@pytest.mark.xfail(strict=True, reason="the key takes in compiled bytecode")
+def test_bytecode_that_python_leaves_behind_shares_it(name, sources):
+    before = name()
+    compileall.compile_dir(sources, quiet=1)
+    assert name() == before

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from skillsd_jax import evaluate, rollout
-from skillsd_jax.environments import household, sokoban
+from skillsd_jax.environments import base, household, sokoban
 from skillsd_jax.trajectory import Task, Trajectory, Turn
 
 
@@ -128,12 +128,16 @@ def test_another_split_size_or_content_is_another_panel():
     assert panel().record() == {"split": "test", "size": 4, "hash": panel().hash}
 
 
+def in_training_share(split, seed):
+    level = household.draw_level(split, seed)
+    return base.in_split("train", repr(dataclasses.astuple(level)))
+
+
 def test_no_training_level_is_on_a_panel():
-    trained = {household.draw_level("train", seed) for seed in range(500)}
-    assert len(trained) > 450
+    """By share, not by comparing draws: those coincide too rarely to tell."""
+    assert all(in_training_share("train", seed) for seed in range(64))
     for split in ("test", "validation", "teacher"):
-        held_out = {household.draw_level(split, seed) for seed in range(128)}
-        assert not trained & held_out
+        assert not any(in_training_share(split, seed) for seed in range(256))
 
 
 def test_every_task_of_a_panel_is_played_as_often_as_asked(monkeypatch):

@@ -26,6 +26,11 @@ CONFIG = qwen.ModelConfig(
 STOP = 5
 SLOTS = 40
 
+apply = jax.jit(qwen.apply, static_argnums=0)
+extend = jax.jit(sampler.extend, static_argnums=0)
+generate = jax.jit(sampler.generate, static_argnums=(0, 5, 7))
+score = jax.jit(scoring.score, static_argnums=0)
+
 
 @functools.cache
 def params():
@@ -84,7 +89,7 @@ def test_sampled_logprobs_equal_the_scorer_over_ragged_turns(temperature):
         drawn[b, : len(pairs)] = [logprob for _, logprob in pairs]
         mask[b, : len(pairs)] = 1
     view = TokenView(tokens, np.array(list(map(len, context)), np.int32), scored)
-    scores = scoring.score(CONFIG, params(), view, temperature, mask)
+    scores = score(CONFIG, params(), view, temperature, mask)
     np.testing.assert_allclose(scores.logprob, drawn, atol=1e-4)
 
 
@@ -94,7 +99,6 @@ def test_temperature_zero_is_greedy_and_reports_logprobs_at_one():
     _, reply = turn(
         sampler.start(CONFIG, rows, SLOTS), tokens, length, row_keys(rows), None, 0.0
     )
-    apply = jax.jit(qwen.apply, static_argnums=0)
     for b in range(rows):
         ids = tokens[b, : length[b]].tolist()
         for r in range(int(reply.count[b])):
@@ -142,7 +146,6 @@ def test_frequencies_match_the_softmax(temperature):
         max_new=2,
         stop=-1,
     )
-    apply = jax.jit(qwen.apply, static_argnums=0)
     first, second = np.asarray(reply.tokens).T
     after = np.array([[3, 3, v] for v in range(CONFIG.vocab)], np.int32)
     logits = apply(CONFIG, params(), after) / temperature
@@ -196,7 +199,6 @@ def test_decoding_ends_with_the_last_live_row():
 def test_rows_without_new_tokens_stay_as_they_are():
     rows = 3
     tokens, length = prompts(rows, 4)
-    extend = jax.jit(sampler.extend, static_argnums=0)
     before = extend(
         CONFIG, params(), sampler.start(CONFIG, rows, SLOTS), tokens, length
     )
@@ -212,10 +214,10 @@ def test_rows_without_new_tokens_stay_as_they_are():
 def test_a_prompt_read_once_serves_a_group():
     tokens, length = prompts(1, 5)
     one = sampler.start(CONFIG, 1, SLOTS)
-    one = sampler.extend(CONFIG, params(), one, tokens, length)
+    one = extend(CONFIG, params(), one, tokens, length)
     index, keys, live = np.zeros(4, int), row_keys(4), np.ones(4, bool)
     shared = sampler.gather(one, index)
-    _, copied = sampler.generate(CONFIG, params(), shared, keys, live, 4, 1.0, STOP)
+    _, copied = generate(CONFIG, params(), shared, keys, live, 4, 1.0, STOP)
     whole = sampler.start(CONFIG, 4, SLOTS)
     _, read = turn(whole, tokens[index], length[index], keys)
     np.testing.assert_array_equal(copied.tokens, read.tokens)
@@ -237,13 +239,15 @@ def test_turn_consumes_its_state_and_compiles_once():
     assert len(set(sizes)) == 1
 
 
-def test_bfloat16_keeps_float32_logprobs():
+def test_bfloat16_models_report_float32_logprobs():
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     tokens, length = prompts(3, 4)
     state = sampler.start(config, 3, SLOTS)
-    live = np.ones(3, bool)
-    state, reply = sampler.turn(
-        config, params(), state, tokens, length, row_keys(3), live, 1.0, 3, STOP
-    )
+    state = extend(config, params(), state, tokens, length)
     assert state.cache.keys.dtype == jnp.bfloat16
-    assert state.logits.dtype == reply.logprob.dtype == jnp.float32
+    assert state.logits.dtype == jnp.float32
+    live = np.ones(3, bool)
+    _, reply = generate(config, params(), state, row_keys(3), live, 1, 1.0, STOP)
+    logs = np.asarray(jax.nn.log_softmax(state.logits))
+    expected = np.take_along_axis(logs, np.asarray(reply.tokens), axis=1)
+    np.testing.assert_allclose(reply.logprob, expected, atol=1e-6)

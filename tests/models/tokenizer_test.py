@@ -160,7 +160,8 @@ def test_saved_and_loaded_it_is_the_same(words, tmp_path):
     again = tokenizer.load(tmp_path)
     assert (again.stop_id, again.pad_id) == (words.stop_id, words.pad_id)
     assert again.vocab_size == words.vocab_size == len(words.hf)
-    assert again.hf.chat_template == words.hf.chat_template
+    assert again.hf.chat_template == tokenizer._CHAT_TEMPLATE
+    assert again.hf.eos_token == "<|im_end|>"
     for text in CORPUS + INJECTED:
         assert again.encode(text) == words.encode(text)
 
@@ -194,8 +195,12 @@ def test_a_corpus_without_text_is_refused():
         tokenizer.train(["", "\n"], LEXICON)
 
 
-def test_the_vocabulary_is_small(words):
-    assert words.vocab_size < 600
+def test_learned_pieces_are_bounded(words):
+    fewer = tokenizer.train(CORPUS, LEXICON, pieces=20)
+    given = 257 + len({"\n", "system\n", "user\n", "assistant\n", *LEXICON})
+    characters = len(set().union(*CORPUS))
+    assert fewer.vocab_size <= given + characters + 20 + len(CONTROL)
+    assert fewer.vocab_size < words.vocab_size < 600
 
 
 def test_folders_without_a_chatml_tokenizer_are_refused(tmp_path):
