@@ -55,6 +55,7 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
     if config.model.path:
         words = tokenizer.load(config.model.path)
         model, params = huggingface.load(config.model.path)
+        model = dataclasses.replace(model, dtype=config.model.dtype)
         record = {"path": config.model.path}
     else:
         words, model, params, record = _embedded(config, say)
@@ -64,7 +65,8 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
 
 def _embedded(config: settings.Config, say: Callable[[str], None]):
     chosen = getattr(config.environment, config.environment.name)
-    package = Path(skillsd_jax.__file__).parent
+    (environment,) = rollout.environments(config.environment, "train")
+    environment.close()
     key = artifacts.content_hash(
         config.environment.name,
         config.environment.require_think,
@@ -73,12 +75,22 @@ def _embedded(config: settings.Config, say: Callable[[str], None]):
         config.prompt,
         config.imitate,
         config.seed,
-        [package / source for source in SOURCES],
+        environment.data,
+        [file.read_bytes() for file in _sources(Path(skillsd_jax.__file__).parent)],
     )
     folder = artifacts.cache_folder(config.cache) / "warm_starts"
     return artifacts.cached(
         folder, f"warm-{key}", lambda: _make(config, say), _load, _save
     )
+
+
+def _sources(package: Path) -> list[Path]:
+    """The Python files of SOURCES, without the bytecode that lies beside them."""
+    return [
+        file
+        for source in SOURCES
+        for file in sorted((package / source).rglob("*.py")) or [package / source]
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

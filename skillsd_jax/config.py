@@ -136,7 +136,7 @@ class Optimizer:
     grad_clip: float = 1.0  # global norm
     minibatches: int = 4  # updates per iteration
     minibatch_rows: int = 0  # rows per update instead; 0: use `minibatches`
-    micro_rows: int = 128  # rows scored at once
+    micro_rows: int = 32  # rows scored at once
 
 
 @dataclasses.dataclass

@@ -28,6 +28,7 @@ from skillsd_jax import (
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import OBJECTIVES
+from skillsd_jax.models import huggingface
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import retrieval, summarizer
 
@@ -64,8 +65,10 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
 
 
 def _probe(config: settings.Config) -> None:
-    """Starts one episode, so that a missing engine or damaged data ends the run now."""
+    """Starts an episode and looks at the weights: what is missing ends the run now."""
     try:
+        if config.model.path:
+            huggingface.check(config.model.path)
         (environment,) = rollout.environments(config.environment, "train")
         environment.reset(0)
     except (ImportError, ValueError, OSError) as fault:

@@ -200,7 +200,6 @@ def test_a_change_of_what_only_uses_it_shares_it(name, sources):
     assert name() == before
 
 
-@pytest.mark.xfail(strict=True, reason="the key takes in compiled bytecode")
 def test_bytecode_that_python_leaves_behind_shares_it(name, sources):
     before = name()
     compileall.compile_dir(sources, quiet=1)

@@ -36,7 +36,7 @@ class Words:
 
 @pytest.fixture
 def prompter():
-    return Prompter(Words(), settings.Prompt())
+    return Prompter(Words(), settings.Prompt(max_skill_length=64))
 
 
 def episode(prompter, seed, actions, success, ending="", valid=True):

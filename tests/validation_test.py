@@ -59,8 +59,8 @@ def test_a_wrong_value_is_refused_with_what_to_do(name, value, message):
 
 def test_a_window_too_small_for_one_reply_is_refused():
     settings = changed("prompt.context", "whole")
-    settings.prompt.max_length = 107  # 96 + 12 are wanted
-    with pytest.raises(validation.Refused, match="= 108"):
+    settings.prompt.max_length = 55  # 48 + 8 are wanted
+    with pytest.raises(validation.Refused, match="= 56"):
         validation.validate(settings)
     settings.prompt.max_length = 108
     validation.validate(settings)

@@ -96,7 +96,12 @@ def test_advice_that_names_another_state_or_no_move_is_ignored():
     environment, other = Sokoban(), Sokoban()
     environment.reset(3)
     other.reset(3)
-    advice = ("r9c9 r8c8 up", "up", "", f"{environment._key()} sideways")
+    advice = (
+        "r9c9 r8c8 up",
+        "up",
+        "",
+        f"{environment._key(environment._state)} sideways",
+    )
     first, second = np.random.default_rng(1), np.random.default_rng(1)
     for _ in range(5):
         assert environment.demonstrate(first, advice) == other.demonstrate(second)
