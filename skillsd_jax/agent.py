@@ -17,6 +17,7 @@ from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.models import huggingface, qwen, tokenizer
 from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import summarizer
+from skillsd_jax.validation import Refused
 
 # Sources that decide what a warm start is; a change in one of them makes a new one.
 SOURCES = (
@@ -26,6 +27,7 @@ SOURCES = (
     "imitate.py",
     "prompts.py",
     "tokens.py",
+    "agent.py",
 )
 CORPUS_EPISODES = 500  # demonstrations the embedded tokenizer is trained on
 
@@ -150,6 +152,11 @@ def _rows(prompter: Prompter, episodes):
         plain += imitate.cloned_rows(prompter, episode, None)
         if prompter.fits(skill):
             skilled += imitate.cloned_rows(prompter, followed, skill)
+    if not skilled:
+        raise Refused(
+            f"no skill fits prompt.max_skill_length={prompter.config.max_skill_length}; "
+            "raise it"
+        )
     return plain, skilled
 
 

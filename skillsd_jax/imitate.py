@@ -46,6 +46,7 @@ def play(
                 effective=step.effective,
                 reward=step.reward,
                 feedback=step.feedback,
+                admissible=before.admissible,
             )
         )
     return Trajectory(
@@ -111,14 +112,18 @@ def cloned_rows(
     """Rows that score a recorded episode's replies, skill in the prompt or not."""
     contexts, turns = [], []
     for index, turn in enumerate(trajectory.turns):
-        step = base.TimeStep(turn.observation)
+        step = base.TimeStep(turn.observation, admissible=turn.admissible)
         earlier = trajectory.turns[:index]
         reply = _spoken(prompter.encoder, turn.reply)
-        if prompter.config.context == "whole" and contexts:
-            contexts[-1] += [prompter.following(step), reply]
-            turns[-1].append(index)
-            continue
-        segments, _ = prompter.opening(trajectory.task, step, earlier, skill)
+        whole = prompter.config.context == "whole"
+        if whole and contexts:
+            longer = [*contexts[-1], prompter.following(step), reply]
+            if prompter.holds(longer):
+                contexts[-1] = longer
+                turns[-1].append(index)
+                continue
+        shown = () if whole else earlier
+        segments, _ = prompter.opening(trajectory.task, step, shown, skill)
         contexts.append([*segments, reply])
         turns.append([index])
     return [

@@ -192,6 +192,12 @@ class Prompter:
             return None
         return tuple(segment for segment in view if len(segment.tokens)), cut
 
+    def holds(self, context: Sequence[Segment]) -> bool:
+        """Whether a whole history, replies included, is within its window."""
+        hinted = any(segment.role == Role.SKILL for segment in context)
+        room = self.config.max_length + hinted * self.config.max_skill_length
+        return sum(len(segment.tokens) for segment in context) <= room
+
     def labels(self, tokens: Sequence[int] | np.ndarray) -> Int8[np.ndarray, " n"]:
         """Labels a reply's tokens: 1 from <think> to </think>, tags included, else 2.
 

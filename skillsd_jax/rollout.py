@@ -11,62 +11,9 @@ import numpy as np
 from skillsd_jax import config as settings
 from skillsd_jax import prompts, sampler, tokens
 from skillsd_jax.environments import ENVIRONMENTS, base
+from skillsd_jax.episode import Episode, begin
 from skillsd_jax.models import qwen
-from skillsd_jax.trajectory import Segment, Task, Trajectory, Turn
-
-# What an environment may raise without taking the run down with it.
-ENVIRONMENT_FAULTS = (RuntimeError, ValueError, LookupError, OSError, TypeError)
-
-
-@dataclasses.dataclass
-class Episode:
-    """An episode in progress."""
-
-    index: int
-    environment: base.Environment
-    task: Task
-    step: base.TimeStep
-    hint: str | None = None  # skill text in the player's own prompt, if any
-    turns: list[Turn] = dataclasses.field(default_factory=list)
-    contexts: list[list[Segment]] = dataclasses.field(default_factory=list)
-    cut: int = 0
-    ending: str = ""
-
-    def take(self, reply: str) -> None:
-        """Plays one reply and records the turn."""
-        before = self.step
-        try:
-            self.step = self.environment.step(reply)
-        except ENVIRONMENT_FAULTS as fault:
-            self.step = base.TimeStep(before.observation, feedback=repr(fault))
-            self.ending = "error"
-        after = self.step
-        self.turns.append(
-            Turn(
-                observation=before.observation,
-                reply=reply,
-                action=after.action,
-                valid=after.valid,
-                effective=after.effective,
-                reward=after.reward,
-                feedback=after.feedback,
-            )
-        )
-        if after.done and not self.ending:
-            late = len(self.turns) >= self.environment.max_steps
-            self.ending = "limit" if late else "failure"
-            self.ending = "success" if after.success else self.ending
-
-    def finish(self) -> Trajectory:
-        return Trajectory(
-            task=self.task,
-            turns=tuple(self.turns),
-            contexts=tuple(tuple(context) for context in self.contexts),
-            reward=float(sum(turn.reward for turn in self.turns)),
-            success=self.step.success,
-            ending=self.ending,
-            cut=self.cut,
-        )
+from skillsd_jax.trajectory import Segment, Task, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +57,11 @@ class Player:
     @property
     def row_buckets(self) -> tuple[int, ...]:
         return tuple(sorted({max(1, self.rows // n) for n in (1, 2, 4, 8)}))
+
+    def window(self, hinted: bool) -> int:
+        """Tokens a whole history may hold; a player shown a skill has room for it."""
+        prompt = self.prompt
+        return prompt.max_length + hinted * prompt.max_skill_length
 
     @property
     def turn_buckets(self) -> tuple[int, ...]:
@@ -156,26 +108,40 @@ def collect(
       temperature: 0 is greedy.
       hint: skill text shown to the acting policy itself. None: plain prompts.
     """
+    wanted = min(player.rows, len(seeds))
+    if len(environments) < wanted:
+        raise ValueError(
+            f"{len(environments)} environments for {wanted} episodes at once; "
+            f"make as many as player.rows={player.rows}"
+        )
+    if hint is not None:
+        hint = _that_fits(player, hint)
     context = _Whole if player.prompt.context == "whole" else _Windowed
-    finished = []
+    finished: list[Trajectory] = []
     for first in range(0, len(seeds), player.rows):
         chunk = seeds[first : first + player.rows]
-        episodes = []
-        for offset, (seed, environment) in enumerate(zip(chunk, environments)):
-            step = environment.reset(int(seed))
-            task = environment.task()
-            text = hint(task) if hint else None
-            if text is not None and not player.prompter.fits(text):
-                text = None
-            episodes.append(Episode(first + offset, environment, task, step, text))
+        episodes = [
+            begin(first + offset, environment, int(seed), hint)
+            for offset, (seed, environment) in enumerate(zip(chunk, environments))
+        ]
         ask = context(player, params, key, temperature)
-        live = episodes
+        live = [episode for episode in episodes if not episode.ending]
         while live:
             for episode, reply in zip(live, ask(live)):
                 episode.take(reply)
             live = [episode for episode in live if not episode.ending]
         finished += [episode.finish() for episode in episodes]
     return finished
+
+
+def _that_fits(player: Player, hint: Callable[[Task], str | None]):
+    """The same hints, without those that cannot be shown whole."""
+
+    def fitting(task: Task) -> str | None:
+        text = hint(task)
+        return text if text is not None and player.prompter.fits(text) else None
+
+    return fitting
 
 
 def warm_up(player: Player, params) -> None:
@@ -187,7 +153,7 @@ def warm_up(player: Player, params) -> None:
             _fresh(player, params, prompt, keyed, 1.0)
             continue
         for length in player.turn_buckets:
-            state = sampler.start(player.model, rows, player.prompt.max_length)
+            state = sampler.start(player.model, rows, player.window(hinted=True))
             prompt = (*_ragged([], rows, length), np.zeros(rows, bool))
             state, _ = _kept(player, params, state, prompt, keyed, 1.0)
         for fewer in player.row_buckets:
@@ -212,7 +178,7 @@ class _Windowed:
             episode.cut += cut
             contexts.append(list(segments))
         length = player.prompt.max_prompt_length
-        if any(episode.hint for episode in live):
+        if any(episode.hint is not None for episode in live):
             length += player.prompt.max_skill_length
         rows = tokens.bucket(len(live), player.row_buckets)
         ids, lengths = _ragged([_ids(c) for c in contexts], rows, length)
@@ -235,7 +201,6 @@ class _Whole:
 
     def __call__(self, live: Sequence[Episode]) -> list[str]:
         player, prompter = self.player, self.player.prompter
-        window = player.prompt.max_length
         reserve = player.prompt.max_response_length
         fresh, new = [], []
         for episode in live:
@@ -245,7 +210,8 @@ class _Whole:
                 stopped = context[-1].tokens[-1] == player.encoder.stop_id
                 segment = prompter.following(episode.step, stopped)
                 total = len(_ids(context)) + len(segment.tokens)
-                start = total + reserve > window
+                hinted = episode.hint is not None
+                start = total + reserve > player.window(hinted)
                 start |= len(segment.tokens) >= player.turn_buckets[-1]
                 episode.cut += int(start)
             if start:
@@ -277,7 +243,7 @@ class _Whole:
         rows = tokens.bucket(len(live), self.player.row_buckets)
         slots = tuple(episode.index for episode in live)
         if self.state is None:
-            window = self.player.prompt.max_length
+            window = self.player.window(hinted=True)
             self.state = sampler.start(self.player.model, rows, window)
         elif slots != self.slots:
             where = {index: slot for slot, index in enumerate(self.slots)}

@@ -309,9 +309,10 @@ class Run:
             own = {
                 t.task.seed: summarizer.render(summarizer.summarize(t, 0, "own"))
                 for t in episodes
+                if t.turns
             }
             taught, _ = self._on_teacher_panel(lambda task: expert[task.seed])
-            self_taught, _ = self._on_teacher_panel(lambda task: own[task.seed])
+            self_taught, _ = self._on_teacher_panel(lambda task: own.get(task.seed))
         self.host |= {
             "student_on_teacher_panel": plain.record(),
             "teacher_before": taught.record(),

@@ -63,6 +63,7 @@ class Turn:
     effective: bool  # the action changed the state
     reward: float
     feedback: str = ""  # the environment's own words after the action
+    admissible: tuple[str, ...] = ()  # commands that would have been understood
 
 
 @dataclasses.dataclass(frozen=True)

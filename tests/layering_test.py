@@ -20,6 +20,7 @@ LINES = (
     ("agent",),
     ("evaluate", "experience", "imitate", "report"),
     ("rollout", "learner", "checkpoint", "metrics", "timing"),
+    ("episode",),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
     ("models",),
@@ -31,6 +32,7 @@ ENTRY_POINTS = LINES[0]
 WITHOUT_JAX = (
     "environments",
     "skills",
+    "episode",
     "prompts",
     "presets",
     "validation",

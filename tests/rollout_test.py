@@ -294,3 +294,30 @@ def test_no_prompt_carries_a_skill_unless_it_is_asked_for(played):
     for trajectory in played.trajectories:
         roles = {s.role for context in trajectory.contexts for s in context}
         assert Role.SKILL not in roles
+
+
+class Broken(Staged):
+    """Breaks as an engine may: at reset, or with an error of any kind."""
+
+    def reset(self, seed):
+        if seed == 1:
+            raise AssertionError("the engine is dead")
+        return super().reset(seed)
+
+    def step(self, text):
+        raise AttributeError("the engine lost its state")
+
+
+def test_an_environment_that_breaks_at_reset_ends_its_own_episode_only(player, params):
+    made = [Broken(), Staged(), Broken()]
+    key = jax.random.key(KEY)
+    played = rollout.collect(player, params, made, [1, 0, 0], key, TEMPERATURE)
+    assert [t.ending == "error" for t in played] == [True, False, True]
+    assert played[0].turns == () and played[0].task.seed == 1
+    assert [turn.valid for turn in played[2].turns] == [False]
+
+
+def test_too_few_environments_are_refused(player, params):
+    with pytest.raises(ValueError, match="1 environments for 2 episodes"):
+        key = jax.random.key(KEY)
+        rollout.collect(player, params, [Staged()], [0, 1], key, TEMPERATURE)
