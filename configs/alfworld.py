@@ -46,9 +46,6 @@ def _embedded() -> Config:
     config.environment.train_tasks = 600  # generated games; loading one takes a while
     config.prompt.max_prompt_length = 56  # twenty receptacles by name: up to 50
     config.prompt.max_skill_length = 32  # two places, a tool and their doors: up to 30
-    config.objective.sdl_lambda = (
-        0.3  # 1 holds this student back; see docs/experiments.md
-    )
     config.imitate.steps = 1800  # plain success appears after 800
     config.imitate.episodes = 3000  # five of each game
     config.imitate.tasks = 600  # the same games
