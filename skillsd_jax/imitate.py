@@ -14,12 +14,12 @@ import numpy as np
 import optax
 
 from skillsd_jax import config as settings
-from skillsd_jax import prompts
+from skillsd_jax import episode, prompts
 from skillsd_jax.environments import base
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.skills import summarizer
 from skillsd_jax.tokens import Row, TokenView, pack
-from skillsd_jax.trajectory import Role, Segment, Trajectory, Turn
+from skillsd_jax.trajectory import Role, Segment, Trajectory
 
 STEPS_PER_CALL = 25  # optimiser steps per call of the jitted loop
 
@@ -31,40 +31,25 @@ def play(
     workflow: Sequence[str] = (),
     noise: float = 0.0,
 ) -> Trajectory:
-    """One scripted episode; it has turns and no contexts."""
-    step, turns = environment.reset(seed), []
-    while not step.done:
-        before = step
-        reply = environment.demonstrate(rng, workflow, noise)
-        step = environment.step(reply)
-        turns.append(
-            Turn(
-                observation=before.observation,
-                reply=reply,
-                action=step.action,
-                valid=step.valid,
-                effective=step.effective,
-                reward=step.reward,
-                feedback=step.feedback,
-                admissible=before.admissible,
-            )
-        )
-    return Trajectory(
-        task=environment.task(),
-        turns=tuple(turns),
-        contexts=(),
-        reward=float(sum(turn.reward for turn in turns)),
-        success=step.success,
-        ending="success" if step.success else "limit",
-    )
+    """One scripted episode; it has turns and no contexts.
+
+    Raises:
+      RuntimeError: the environment broke; a recording has no use for half an episode.
+    """
+    played = episode.begin(0, environment, seed)
+    while not played.ending:
+        played.take(environment.demonstrate(rng, workflow, noise))
+    if played.ending == "error":
+        raise RuntimeError(f"task {seed} broke off: {played.step.feedback}")
+    return played.finish()
 
 
 def expert_skill(environment: base.Environment, seed: int) -> str:
     """The skill text that one expert episode of the task summarises to."""
     environment.reset(seed)
     plan = environment.expert_workflow()
-    episode = play(environment, seed, np.random.default_rng(0), plan)
-    return summarizer.render(summarizer.summarize(episode, 0, "expert"))
+    won = play(environment, seed, np.random.default_rng(0), plan)
+    return summarizer.render(summarizer.summarize(won, 0, "expert"))
 
 
 def demonstrations(

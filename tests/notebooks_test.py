@@ -32,7 +32,8 @@ for row in views.rows:
 ell = (student.logprob - teacher.logprob) * mask
 policy = -(advantage[:, None] * mask).sum() / mask.sum()  # at ratio 1
 distance = ((np.exp(-ell) - 1 + ell) * mask).sum() / mask.sum()
-np.testing.assert_allclose(entry["loss"], policy + distance, rtol=1e-3)
+expected = policy + config.objective.sdl_lambda * distance
+np.testing.assert_allclose(entry["loss"], expected, rtol=1e-3)
 
 formatting = np.array([[word(int(t)).strip() for t in row] for row in in_student])
 formatting = np.isin(formatting, ["<action>", "</action>", "[end]"])
