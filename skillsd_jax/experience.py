@@ -104,7 +104,7 @@ def views(
     experience: Experience,
     skills: Sequence[skill_bank.Skill | None],
     prompter: prompts.Prompter,
-    penalty: float,
+    objective: settings.Objective,
 ) -> Views:
     """One row per context, with the skilled view where a skill is shown.
 
@@ -112,7 +112,8 @@ def views(
       experience: the episodes.
       skills: what to show for each episode.
       prompter: writes the skill into the task turn.
-      penalty: taken from an episode's reward per invalid turn.
+      objective: invalid_action_penalty is taken from the reward per invalid turn: of
+        the episode, or with statistics='row' of the row itself, as released.
     """
     rows, shown, cut, dropped = [], list(skills), 0, 0
     for index in experience.usable:
@@ -126,7 +127,7 @@ def views(
             else:
                 skilled = [view for view, _ in made]
                 cut += sum(cuts for _, cuts in made)
-        rows += _rows(experience, index, skilled, prompter, penalty)
+        rows += _rows(experience, index, skilled, prompter, objective)
     return Views(rows, shown, cut, dropped)
 
 
@@ -135,23 +136,26 @@ def _rows(
     index: int,
     skilled: Sequence[Sequence[Segment] | None],
     prompter: prompts.Prompter,
-    penalty: float,
+    objective: settings.Objective,
 ) -> list[Row]:
     trajectory = experience.trajectories[index]
-    invalid = sum(not turn.valid for turn in trajectory.turns)
+    invalid = np.array([not turn.valid for turn in trajectory.turns])
+    by_row = objective.statistics == "row"
     anchors = [zlib.crc32(t.observation.encode()) >> 1 for t in trajectory.turns]
     rows, turn = [], 0
     for context, view in zip(trajectory.contexts, skilled):
         replies = [segment for segment in context if segment.scored]
         turns = range(turn, turn + len(replies))
         turn += len(replies)
+        wrong = invalid[turns.start : turns.stop] if by_row else invalid
         row = Row(
             student=context,
             teacher=view,
             turns=turns,
             labels=[prompter.labels(reply.tokens) for reply in replies],
             anchors=[anchors[t] for t in turns],
-            reward=trajectory.reward - penalty * invalid,
+            reward=trajectory.reward
+            - objective.invalid_action_penalty * float(wrong.sum()),
             group=experience.groups[index],
             trajectory=index,
             success=trajectory.success,

@@ -5,6 +5,7 @@ tasks → rollout.collect → summarize → bank.absorb → retrieve → prompts
 """
 
 import dataclasses
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     )
     _probe(config)
     validation.claim_workdir(workdir, config)
-    compile_cache = artifacts.cache_folder(config.cache) / "compiled" / jax.__version__
-    jax.config.update("jax_compilation_cache_dir", str(compile_cache))
+    compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
     with metrics.Progress(config.iterations) as progress:
         return Run(config, Path(workdir), progress).finish()
 
@@ -74,6 +75,14 @@ def _probe(config: settings.Config) -> None:
     except (ImportError, ValueError, OSError) as fault:
         raise validation.Refused(str(fault)) from fault
     environment.close()
+
+
+def _machine() -> str:
+    """Names what compiled programs depend on: jaxlib and the processor's features."""
+    described = Path("/proc/cpuinfo")
+    features = described.read_text() if described.exists() else platform.processor()
+    flags = {line for line in features.split("\n") if line.startswith("flags")}
+    return artifacts.content_hash(jax.lib.__version__, platform.machine(), flags)
 
 
 def key_for(seed: int, purpose: str, index: int = 0) -> jax.Array:
@@ -192,10 +201,7 @@ class Run:
             rng = np.random.default_rng([config.seed, iteration, 1])
             found = experience.retrieve(played, self.bank, config.skills, rng)
             views = experience.views(
-                played,
-                found,
-                self.player.prompter,
-                config.objective.invalid_action_penalty,
+                played, found, self.player.prompter, config.objective
             )
         with clock("pack"):
             batch = self._batch(views.rows, iteration)

@@ -109,7 +109,7 @@ def test_no_row_is_shown_the_skill_of_its_own_episode(played):
 
 def test_every_row_of_a_skilled_episode_carries_the_skill_whole(played, prompter):
     _, skills = shown(played)
-    views = experience.views(played, skills, prompter, penalty=0.0)
+    views = experience.views(played, skills, prompter, settings.Objective())
     assert len(views.rows) == 4 + 5 + 1
     assert all(row.teacher is not None for row in views.rows)
     for row in views.rows:
@@ -119,7 +119,7 @@ def test_every_row_of_a_skilled_episode_carries_the_skill_whole(played, prompter
 
 def test_an_episode_that_broke_leaves_no_row_and_is_counted(played, prompter):
     _, skills = shown(played)
-    views = experience.views(played, skills, prompter, penalty=0.0)
+    views = experience.views(played, skills, prompter, settings.Objective())
     assert {row.trajectory for row in views.rows} == {0, 1, 2}
     figures = experience.figures(played.trajectories)
     assert figures["endings"] == {"error": 1, "limit": 1, "success": 2}
@@ -129,7 +129,7 @@ def test_an_episode_that_broke_leaves_no_row_and_is_counted(played, prompter):
 def test_a_skill_too_long_to_show_whole_is_dropped_and_counted(played):
     narrow = Prompter(Words(), settings.Prompt(max_skill_length=2))
     _, skills = shown(played)
-    views = experience.views(played, skills, narrow, penalty=0.0)
+    views = experience.views(played, skills, narrow, settings.Objective())
     assert views.dropped == 3
     assert all(row.teacher is None for row in views.rows)
     assert views.shown[:3] == [None] * 3
@@ -138,11 +138,21 @@ def test_a_skill_too_long_to_show_whole_is_dropped_and_counted(played):
 def test_invalid_turns_cost_the_penalty_each(prompter):
     bad = episode(prompter, 3, ("dance", "sing"), False, valid=False)
     played = experience.Experience([bad], [0], 0)
-    views = experience.views(played, [None], prompter, penalty=0.1)
+    objective = settings.Objective(invalid_action_penalty=0.1)
+    views = experience.views(played, [None], prompter, objective)
     assert [row.reward for row in views.rows] == pytest.approx([-0.2, -0.2])
 
 
+def test_with_row_statistics_a_row_pays_for_its_own_turns(prompter):
+    bad = episode(prompter, 3, ("dance", "sing"), False, valid=False)
+    turns = (bad.turns[0], dataclasses.replace(bad.turns[1], valid=True))
+    played = experience.Experience([dataclasses.replace(bad, turns=turns)], [0], 0)
+    objective = settings.Objective(invalid_action_penalty=0.1, statistics="row")
+    views = experience.views(played, [None], prompter, objective)
+    assert [row.reward for row in views.rows] == pytest.approx([-0.1, 0.0])
+
+
 def test_turns_count_on_over_windowed_rows(played, prompter):
-    views = experience.views(played, [None] * 4, prompter, penalty=0.0)
+    views = experience.views(played, [None] * 4, prompter, settings.Objective())
     first = [list(row.turns) for row in views.rows if row.trajectory == 0]
     assert first == [[0], [1], [2], [3]]
