@@ -46,6 +46,7 @@ def _embedded() -> Config:
     config.environment.train_tasks = 600  # generated games; loading one takes a while
     config.prompt.max_prompt_length = 56  # twenty receptacles by name: up to 50
     config.prompt.max_skill_length = 32  # two places, a tool and their doors: up to 30
+    config.iterations = 50  # held-out success still rises at 40
     # A clone of a noisy player holds this student back: docs/experiments.md.
     config.objective.sdl_lambda = config.objective.sdar_coef = 0.1
     config.imitate.steps = 1800  # plain success appears after 800
@@ -102,6 +103,7 @@ def _published() -> Config:
 
     optimizer = config.optimizer
     optimizer.learning_rate = 1e-6  # published
+    optimizer.schedule = "constant"  # published
     optimizer.beta1, optimizer.beta2 = 0.9, 0.999  # published
     optimizer.weight_decay = 0.01  # published
     optimizer.grad_clip = 1.0  # published

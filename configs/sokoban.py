@@ -89,6 +89,7 @@ def _published() -> Config:
 
     optimizer = config.optimizer
     optimizer.learning_rate = 1e-6  # SDAR
+    optimizer.schedule = "constant"  # SDAR
     optimizer.beta1, optimizer.beta2 = 0.9, 0.999  # SDAR
     optimizer.weight_decay = 0.01  # SDAR
     optimizer.grad_clip = 1.0  # SDAR

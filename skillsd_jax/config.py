@@ -129,7 +129,7 @@ class Skills:
 @dataclasses.dataclass
 class Optimizer:
     learning_rate: float = 5e-4
-    schedule: str = "constant"  # constant, cosine
+    schedule: str = "cosine"  # to 0 at the end of the run, or constant
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.01
