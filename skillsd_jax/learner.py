@@ -99,7 +99,7 @@ class Learner:
     Args:
       model: shape of the network.
       config: the run's settings.
-      updates: optimiser steps of the whole run, for the schedule.
+      updates: optimiser steps of the whole run (not iterations), for the schedule.
     """
 
     def __init__(self, model: qwen.ModelConfig, config: settings.Config, updates: int):
@@ -112,7 +112,10 @@ class Learner:
         self._update = jax.jit(self._iteration, donate_argnums=(0,))
 
     def init(self, params: Params) -> LearnerState:
-        """State at step 0; the teacher and the reference are copies of `params`."""
+        """State at step 0; the teacher and the reference are copies of `params`.
+
+        `params` themselves become the student's and go with its first update.
+        """
         copy = functools.partial(jax.tree.map, jnp.copy)
         stored = self.needs_teacher and self.config.teacher.kind != "live"
         return LearnerState(

