@@ -90,7 +90,8 @@ def test_a_workdir_of_other_settings_is_refused_with_the_difference(tmp_path):
     validation.claim_workdir(str(tmp_path), config.Config())
     before = (tmp_path / "config.json").read_text()
     other = changed("objective.sdl_lambda", 0.5)
-    message = re.escape("objective.sdl_lambda: 1.0 there, 0.5 now")
+    held = config.Objective().sdl_lambda
+    message = re.escape(f"objective.sdl_lambda: {held} there, 0.5 now")
     with pytest.raises(validation.Refused, match=message):
         validation.claim_workdir(str(tmp_path), other)
     assert (tmp_path / "config.json").read_text() == before

@@ -188,7 +188,7 @@ def test_the_gate_is_the_one_that_is_set(signals):
         "soft_or": gates.soft_or_gate(s.entropy, s.student, s.teacher, 2.0),
     }
     for gate, wanted in expected.items():
-        chosen = settings("sdar", gate=gate, gate_beta=2.0)
+        chosen = settings("sdar", gate=gate, gate_beta=2.0, sdar_coef=1.0)
         output = objective.recipe("sdar").loss(signals, chosen)
         np.testing.assert_array_equal(output.metrics["gate"][0], wanted)
         np.testing.assert_allclose(
