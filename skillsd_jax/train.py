@@ -114,6 +114,7 @@ class Run:
         self, config: settings.Config, workdir: Path, progress: metrics.Progress
     ):
         self.config, self.workdir, self.progress = config, workdir, progress
+        self.commit = metrics.commit()  # of the code that runs, not of a later edit
         self.clock = timing.Clock()
         self.compilations = timing.Compilations()
         with self.clock("warm_start"):
@@ -391,7 +392,7 @@ class Run:
             "environment_steps": self.environment_steps,
             "seconds": {k: round(v, 1) for k, v in self.clock.total.items()},
             "versions": metrics.versions(),
-            "commit": metrics.commit(),
+            "commit": self.commit,
         }
         metrics.write_summary(self.workdir / "summary.json", summary)
         self.progress.say(metrics.table(summary))
