@@ -65,7 +65,41 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
     return Agent(player, params, record)
 
 
-def _embedded(config: settings.Config, say: Callable[[str], None]):
+def make_teacher(
+    config: settings.Config, student: Agent, say: Callable[[str], None]
+) -> tuple[qwen.ModelConfig, Any, dict[str, Any]]:
+    """The external teacher: shape, weights, and how they came about.
+
+    A Hugging Face folder in teacher.path; without one, beside an embedded student, a
+    warm start of another seed in the student's vocabulary.
+
+    Raises:
+      Refused: the two do not share a vocabulary.
+    """
+    if not config.teacher.path:
+        other = dataclasses.replace(config, seed=config.seed + 1)
+        say(f"teacher: a warm start of seed {other.seed}, frozen")
+        words = student.player.encoder
+        _, model, params, record = _embedded(other, say, words, config.seed)
+        return model, params, record | {"warm start of seed": other.seed}
+    model, params = huggingface.load(config.teacher.path)
+    model = dataclasses.replace(model, dtype=config.model.dtype)
+    if model.vocab != student.player.model.vocab:
+        raise Refused(
+            f"teacher.path={config.teacher.path!r} has a vocabulary of {model.vocab} "
+            f"and the student one of {student.player.model.vocab}; token ids must mean "
+            "the same: take a teacher of the student's family"
+        )
+    return model, params, {"path": config.teacher.path}
+
+
+def _embedded(
+    config: settings.Config,
+    say: Callable[[str], None],
+    words: tokenizer.Tokenizer | None = None,
+    words_of: int | None = None,
+):
+    """A warm start, in its own vocabulary or in that of the seed `words_of`."""
     chosen = getattr(config.environment, config.environment.name)
     (environment,) = rollout.environments(config.environment, "train")
     environment.close()
@@ -79,10 +113,11 @@ def _embedded(config: settings.Config, say: Callable[[str], None]):
         config.seed,
         environment.data,
         [file.read_bytes() for file in _sources(Path(skillsd_jax.__file__).parent)],
+        *([] if words_of is None else [words_of]),
     )
     folder = artifacts.cache_folder(config.cache) / "warm_starts"
     return artifacts.cached(
-        folder, f"warm-{key}", lambda: _make(config, say), _load, _save
+        folder, f"warm-{key}", lambda: _make(config, say, words), _load, _save
     )
 
 
@@ -112,15 +147,21 @@ class Recording:
     record: dict[str, Any]
 
 
-def record(config: settings.Config, say: Callable[[str], None]) -> Recording:
-    """Plays the demonstrations and packs them, in a vocabulary of their own."""
+def record(
+    config: settings.Config,
+    say: Callable[[str], None],
+    words: tokenizer.Tokenizer | None = None,
+) -> Recording:
+    """Plays the demonstrations and packs them, in a vocabulary of their own if `words`
+    is None."""
     (environment,) = rollout.environments(config.environment, "train")
     say(f"warm start: playing {config.imitate.episodes} demonstrations")
     made = imitate.demonstrations(environment, config.imitate, config.seed)
     episodes = list(made)
     environment.close()
-    corpus = imitate.texts(episodes[:CORPUS_EPISODES])
-    words = tokenizer.train(corpus, _lexicon(config.environment))
+    if words is None:
+        corpus = imitate.texts(episodes[:CORPUS_EPISODES])
+        words = tokenizer.train(corpus, _lexicon(config.environment))
     model = _shape(config.model, words.vocab_size)
     plain, skilled = _rows(Prompter(words, config.prompt), episodes)
     player = rollout.Player(model, words, config.prompt, config.rollout.rows)
@@ -137,8 +178,8 @@ def record(config: settings.Config, say: Callable[[str], None]) -> Recording:
     )
 
 
-def _make(config: settings.Config, say: Callable[[str], None]):
-    made = record(config, say)
+def _make(config: settings.Config, say: Callable[[str], None], words):
+    made = record(config, say, words)
     rows = made.record["rows"]
     say(f"warm start: cloning {rows['plain']} plain and {rows['skilled']} skilled rows")
     params, curve = _clone(config, made.model, made.data, say)

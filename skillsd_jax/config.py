@@ -88,20 +88,45 @@ class Rollout:
     group_size: int = 8  # episodes per task
     temperature: float = 1.0
     rows: int = 128  # episodes played at once
+    draws: int = 1  # > 1: draw again up to so often for groups of equal rewards
 
 
 @dataclasses.dataclass
 class Objective:
-    name: str = "skill_sd"
-    sdl_lambda: float = 0.3  # λ of skill_sd
+    name: str = "skill_sd"  # 'help' lists them
+    sdl_lambda: float = 0.3  # λ of skill_sd and grpo_opsd
     sdar_coef: float = 0.3  # λ of sdar
+    estimator: str = ""  # of opsd, grpo_opsd, opd; "": the method's own
+    topk: int = 100  # words that topk_tail keeps apart
+    topk_kind: str = "jsd"  # forward_kl, reverse_kl, jsd
+    topk_select: str = "teacher"  # whose likeliest words: teacher, student
+    jsd_alpha: float = 0.5  # α of full_jsd
     gate_beta: float = 5.0  # β of the gate
     gate: str = "gap"  # gap, entropy, soft_or
+    gate_entropy: str = "nats"  # or 'normalised': divided by log V
+    per_skilled_token: bool = False  # divide distillation by skilled tokens alone
+    rlsd_mix: float = 0.5  # l of rlsd
+    rlsd_clip: float = 0.2  # ε of rlsd
+    discount: float = 0.95  # γ of gigpo's step returns
+    step_weight: float = 1.0  # w of gigpo's step advantage
+    turn_mix: float = 0.5  # λ of grsd and agent_opsd
+    turn_clip: float = 0.2  # bound of their multipliers
+    belief_discount: float = 1.0  # γ of agent_opsd; its paper is said to have 0.95
+    gap_weight: float = 0.001  # w of opid
+    window_every: int = 5  # iterations per turn that tcod's window grows
+    reason_weight: float = 1.0  # of reasoning tokens in every term
+    action_weight: float = 1.0  # of action tokens in every term
+    distill_reason_weight: float = 1.0  # the same in the distillation alone
+    distill_action_weight: float = 1.0
+    schedules: str = ""  # NAME=constant|linear|cosine|growing|plateau:ITERATIONS,…
+    plateau_tolerance: float = 0.01  # relative decrease of the gap that still counts
+    ratio: str = "token"  # or 'sequence', GSPO
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0  # 0: off
     kl_coefficient: float = 0.0  # to the reference (initial) policy
     kl_kind: str = "k3_clamped"
+    entropy_coefficient: float = 0.0  # bonus; the released scripts keep 0.001
     loss_agg_mode: str = "token-mean"
     normalize_std: bool = True  # divide advantages by the group's deviation
     statistics: str = "trajectory"  # or 'row', as the released code
@@ -112,8 +137,10 @@ class Objective:
 
 @dataclasses.dataclass
 class Teacher:
-    kind: str = "frozen"  # live, periodic, frozen
+    kind: str = "frozen"  # live, periodic, ema, frozen, external
     every: int = 10  # iterations between copies of a periodic teacher
+    rate: float = 0.05  # share of the student an ema teacher takes in per iteration
+    path: str = ""  # external: Hugging Face folder; "": a warm start of another seed
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from skillsd_jax import prompts
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import retrieval, summarizer
 from skillsd_jax.tokens import Row
-from skillsd_jax.trajectory import Segment, Trajectory
+from skillsd_jax.trajectory import Segment, Task, Trajectory
 
 FAULTS = ("error", "timeout")  # endings that say nothing about the agent
 
@@ -70,17 +70,101 @@ def summarize(
     return skills
 
 
-def retrieve(
-    experience: Experience,
-    bank: skill_bank.Bank,
-    config: settings.Skills,
-    rng: np.random.Generator,
-) -> list[skill_bank.Skill | None]:
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where the teacher's skills may come from.
+
+    Args:
+      bank: skills of finished episodes.
+      config: how they are retrieved.
+      rng: of every random choice.
+      expert: training task → skill of an expert's episode.
+    """
+
+    bank: skill_bank.Bank
+    config: settings.Skills
+    rng: np.random.Generator
+    expert: Callable[[int], skill_bank.Skill]
+
+
+Shown = list[skill_bank.Skill | None]
+
+
+def retrieve(experience: Experience, sources: Sources) -> Shown:
     """A skill for each episode's teacher; None where the bank has nothing to show."""
     return [
-        retrieval.retrieve(bank, t.task, experience.source(i), rng, config)
+        retrieval.retrieve(
+            sources.bank,
+            t.task,
+            experience.source(i),
+            sources.rng,
+            sources.config,
+        )
         for i, t in enumerate(experience.trajectories)
     ]
+
+
+def siblings(experience: Experience, sources: Sources) -> Shown:
+    """The skill of a solved episode of the same group, never of the row's own."""
+    solved = collections.defaultdict(list)
+    for i in experience.usable:
+        if experience.trajectories[i].success:
+            solved[experience.groups[i]].append(i)
+    shown: Shown = []
+    for i, group in enumerate(experience.groups):
+        others = [j for j in solved[group] if j != i]
+        if not others:
+            shown.append(None)
+            continue
+        chosen = others[int(sources.rng.integers(len(others)))]
+        sibling = experience.trajectories[chosen]
+        name = experience.source(chosen)
+        shown.append(summarizer.summarize(sibling, experience.iteration, name))
+    return shown
+
+
+def experts(experience: Experience, sources: Sources) -> Shown:
+    """The skill of an expert's episode of the task, for ever the same."""
+    return [sources.expert(t.task.seed) for t in experience.trajectories]
+
+
+def nothing(experience: Experience, sources: Sources) -> Shown:
+    """No skill."""
+    return [None] * len(experience.trajectories)
+
+
+# What `Recipe.shown` names.
+SHOWN = {
+    "skill": retrieve,
+    "sibling": siblings,
+    "expert": experts,
+    "plain": nothing,
+    "": nothing,
+}
+
+
+class Hints:
+    """A skill of the bank for each task, chosen once: its whole group sees the same.
+
+    Args:
+      bank, config, rng: see retrieval.retrieve.
+      prompter: a skill that it cannot show whole is not shown.
+    """
+
+    def __init__(self, bank, config: settings.Skills, rng, prompter: prompts.Prompter):
+        self._bank, self._config, self._rng = bank, config, rng
+        self._prompter = prompter
+        self.shown: dict[str, skill_bank.Skill | None] = {}
+
+    def text(self, task: Task) -> str | None:
+        """What the task's players are shown."""
+        if task.key not in self.shown:
+            skill = retrieval.retrieve(self._bank, task, "", self._rng, self._config)
+            if skill is not None and not self._prompter.fits(summarizer.render(skill)):
+                skill = None
+            self.shown[task.key] = skill
+        skill = self.shown[task.key]
+        return None if skill is None else summarizer.render(skill)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +189,7 @@ def views(
     skills: Sequence[skill_bank.Skill | None],
     prompter: prompts.Prompter,
     objective: settings.Objective,
+    plain_teacher: bool = False,
 ) -> Views:
     """One row per context, with the skilled view where a skill is shown.
 
@@ -114,11 +199,14 @@ def views(
       prompter: writes the skill into the task turn.
       objective: invalid_action_penalty is taken from the reward per invalid turn: of
         the episode, or with statistics='row' of the row itself, as released.
+      plain_teacher: the teacher is another model and reads the student's own view.
     """
     rows, shown, cut, dropped = [], list(skills), 0, 0
     for index in experience.usable:
         contexts = experience.trajectories[index].contexts
         skilled: Sequence[Sequence[Segment] | None] = [None] * len(contexts)
+        if plain_teacher:
+            skilled = contexts
         if skills[index] is not None:
             text = summarizer.render(skills[index])
             made = [prompter.skilled(context, text) for context in contexts]

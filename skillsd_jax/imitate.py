@@ -18,6 +18,7 @@ from skillsd_jax import episode, prompts
 from skillsd_jax.environments import base
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.skills import summarizer
+from skillsd_jax.skills.bank import Skill
 from skillsd_jax.tokens import Row, TokenView, pack
 from skillsd_jax.trajectory import Role, Segment, Trajectory
 
@@ -44,12 +45,12 @@ def play(
     return played.finish()
 
 
-def expert_skill(environment: base.Environment, seed: int) -> str:
-    """The skill text that one expert episode of the task summarises to."""
+def expert_skill(environment: base.Environment, seed: int) -> Skill:
+    """The skill that one expert episode of the task summarises to."""
     environment.reset(seed)
     plan = environment.expert_workflow()
     won = play(environment, seed, np.random.default_rng(0), plan)
-    return summarizer.render(summarizer.summarize(won, 0, "expert"))
+    return summarizer.summarize(won, 0, "expert")
 
 
 def demonstrations(
@@ -95,36 +96,51 @@ def cloned_rows(
     prompter: prompts.Prompter, trajectory: Trajectory, skill: str | None
 ) -> list[Row]:
     """Rows that score a recorded episode's replies, skill in the prompt or not."""
-    contexts, turns = [], []
-    for index, turn in enumerate(trajectory.turns):
-        step = base.TimeStep(turn.observation, admissible=turn.admissible)
-        earlier = trajectory.turns[:index]
-        reply = _spoken(prompter.encoder, turn.reply)
-        whole = prompter.config.context == "whole"
-        if whole and contexts:
-            longer = [*contexts[-1], prompter.following(step), reply]
-            if prompter.holds(longer):
-                contexts[-1] = longer
-                turns[-1].append(index)
-                continue
-        shown = () if whole else earlier
-        segments, _ = prompter.opening(trajectory.task, step, shown, skill)
-        contexts.append([*segments, reply])
-        turns.append([index])
-    return [
-        Row(
+    rows, turn = [], 0
+    for context in _contexts(prompter, trajectory, skill):
+        replies = [segment for segment in context if segment.scored]
+        row = Row(
             student=context,
             teacher=None,
-            turns=indices,
-            labels=[prompter.labels(s.tokens) for s in context if s.scored],
-            anchors=[0] * len(indices),
+            turns=range(turn, turn + len(replies)),
+            labels=[prompter.labels(reply.tokens) for reply in replies],
+            anchors=[0] * len(replies),
             reward=0.0,
             group=0,
             trajectory=0,
             success=trajectory.success,
         )
-        for context, indices in zip(contexts, turns)
-    ]
+        rows.append(row)
+        turn += len(replies)
+    return rows
+
+
+def recorded(prompter: prompts.Prompter, trajectory: Trajectory) -> Trajectory:
+    """The same episode with the contexts a player under plain prompts would have seen.
+
+    Nobody sampled its replies: their log-probs are 0.
+    """
+    contexts = _contexts(prompter, trajectory, None)
+    return dataclasses.replace(trajectory, contexts=tuple(map(tuple, contexts)))
+
+
+def _contexts(
+    prompter: prompts.Prompter, trajectory: Trajectory, skill: str | None
+) -> list[list[Segment]]:
+    contexts: list[list[Segment]] = []
+    whole = prompter.config.context == "whole"
+    for index, turn in enumerate(trajectory.turns):
+        step = base.TimeStep(turn.observation, admissible=turn.admissible)
+        reply = _spoken(prompter.encoder, turn.reply)
+        if whole and contexts:
+            longer = [*contexts[-1], prompter.following(step), reply]
+            if prompter.holds(longer):
+                contexts[-1] = longer
+                continue
+        shown = () if whole else trajectory.turns[:index]
+        segments, _ = prompter.opening(trajectory.task, step, shown, skill)
+        contexts.append([*segments, reply])
+    return contexts
 
 
 def _spoken(encoder: prompts.Encoder, reply: str) -> Segment:

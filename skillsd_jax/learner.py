@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax import config as settings
-from skillsd_jax.losses import masking, objective
+from skillsd_jax.losses import masking, objective, schedules
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.tokens import TokenBatch
 
@@ -29,6 +29,7 @@ class LearnerState:
       teacher: weights of the teacher; None when it is live or not needed.
       reference: the initial policy; None without a KL term to it.
       optimizer: optax state.
+      plateau: how long the gap to the teacher has not shrunk.
     """
 
     step: Int[Array, ""]
@@ -36,6 +37,24 @@ class LearnerState:
     teacher: Params | None
     reference: Params | None
     optimizer: Any
+    plateau: schedules.Plateau
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """What takes a whole iteration to know, by row.
+
+    Args:
+      advantage: of each token.
+      group_success: share of the group's episodes that were solved.
+      teacher: its log-probs, where credits needed them: a live teacher is then the
+        student as the iteration found it.
+    """
+
+    advantage: Float[Array, "*rows R"]
+    group_success: Float[Array, "*rows"]
+    teacher: Float[Array, "*rows R"] | None
 
 
 def schedule(config: settings.Optimizer, steps: int) -> optax.Schedule:
@@ -100,30 +119,49 @@ class Learner:
       model: shape of the network.
       config: the run's settings.
       updates: optimiser steps of the whole run (not iterations), for the schedule.
+      external: shape of an external teacher of the same vocabulary.
     """
 
-    def __init__(self, model: qwen.ModelConfig, config: settings.Config, updates: int):
+    def __init__(
+        self,
+        model: qwen.ModelConfig,
+        config: settings.Config,
+        updates: int,
+        external: qwen.ModelConfig | None = None,
+    ):
         self.model, self.config = model, config
         self.recipe = objective.recipe(config.objective.name)
+        self.teacher_kind = self.recipe.teacher or config.teacher.kind
+        self.teacher_model = model if external is None else external
         self.optimizer = optimizer(config.optimizer, updates)
         required = self.recipe.required(config.objective)
         self.needs_teacher = "teacher" in required
         self.needs_reference = "reference" in required
+        self.measure = self.recipe.wide(config.objective)
         self._update = jax.jit(self._iteration, donate_argnums=(0,))
 
-    def init(self, params: Params) -> LearnerState:
+    def init(self, params: Params, external: Params | None = None) -> LearnerState:
         """State at step 0; the teacher and the reference are copies of `params`.
 
-        `params` themselves become the student's and go with its first update.
+        Args:
+          params: become the student's own and go with its first update.
+          external: weights of an external teacher.
+
+        Raises:
+          ValueError: the teacher is external and there is none.
         """
         copy = functools.partial(jax.tree.map, jnp.copy)
-        stored = self.needs_teacher and self.config.teacher.kind != "live"
+        stored = self.needs_teacher and self.teacher_kind != "live"
+        if stored and self.teacher_kind == "external" and external is None:
+            raise ValueError("an external teacher needs weights: pass external=")
+        teacher = external if self.teacher_kind == "external" else params
         return LearnerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            teacher=copy(params) if stored else None,
+            teacher=copy(teacher) if stored else None,
             reference=copy(params) if self.needs_reference else None,
             optimizer=self.optimizer.init(params),
+            plateau=schedules.Plateau.start(),
         )
 
     def update(
@@ -141,7 +179,7 @@ class Learner:
         return self._update(state, batch)
 
     def _iteration(self, state: LearnerState, batch: TokenBatch):
-        advantage = self._advantage(batch)
+        whole = self._whole(state, batch)
 
         def minibatch(carry, part):
             params, moments = carry
@@ -157,8 +195,9 @@ class Learner:
             return jax.lax.cond(filled, apply, lambda: (params, moments)), sums
 
         (params, moments), sums = jax.lax.scan(
-            minibatch, (state.params, state.optimizer), (batch, advantage)
+            minibatch, (state.params, state.optimizer), (batch, whole)
         )
+        sums = jax.tree.map(lambda x: x.sum(0), sums)
         step = state.step + 1
         following = dataclasses.replace(
             state,
@@ -166,24 +205,70 @@ class Learner:
             params=params,
             optimizer=moments,
             teacher=self._sync(step, state.teacher, params),
+            plateau=self._follow(state.plateau, sums),
         )
-        return following, jax.tree.map(lambda x: x.sum(0), sums)
+        return following, sums
 
     def _sync(self, step, teacher, params):
-        """A periodic teacher becomes a copy of the student every k iterations."""
-        if teacher is None or self.config.teacher.kind != "periodic":
+        """Brings the teacher up to the student as its kind says."""
+        setting = self.config.teacher
+        if teacher is None or self.teacher_kind not in ("periodic", "ema"):
             return teacher
-        due = step % self.config.teacher.every == 0
-        return jax.tree.map(lambda old, new: jnp.where(due, new, old), teacher, params)
+        share = jnp.float32(setting.rate)
+        if self.teacher_kind == "periodic":
+            share = jnp.where(step % setting.every == 0, 1.0, 0.0)
+        return jax.tree.map(
+            lambda old, new: jnp.where(share < 1, old + share * (new - old), new),
+            teacher,
+            params,
+        )
 
-    def _advantage(self, batch: TokenBatch) -> Float[Array, "M K b"]:
-        """Group statistics run over the whole iteration, before it is split."""
-        rows = (batch.reward, batch.group, batch.trajectory)
-        flat = (x.reshape(-1) for x in rows)
-        advantage = objective.group_advantage(*flat, self.config.objective)
-        return advantage.reshape(batch.reward.shape)
+    def _follow(self, plateau: schedules.Plateau, sums) -> schedules.Plateau:
+        if "gap_squared" not in sums:
+            return plateau
+        total, weight = sums["gap_squared"]
+        gap = jnp.where(weight > 0, jnp.sqrt(total / weight), jnp.nan)
+        return plateau.follow(gap, self.config.objective.plateau_tolerance)
 
-    def _gradient(self, state: LearnerState, params, batch: TokenBatch, advantage):
+    def _whole(self, state: LearnerState, batch: TokenBatch) -> Whole:
+        """Advantages need the whole iteration, before it is split."""
+        teacher = self._taught(state, batch) if self.recipe.credits else None
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), batch)
+        shape = batch.mask.shape
+        episodes = objective.Episodes(
+            reward=flat.reward,
+            group=flat.group,
+            trajectory=flat.trajectory,
+            success=flat.success,
+            skilled=flat.skilled,
+            turn=flat.turn,
+            anchor=flat.anchor,
+            mask=flat.mask,
+            old=flat.old,
+            teacher=None if teacher is None else teacher.reshape(flat.mask.shape),
+            step=state.step,
+        )
+        setting = self.config.objective
+        advantage = self.recipe.advantage(episodes, setting, state.plateau.stalled)
+        solved = objective.group_success(flat.success, flat.group, flat.trajectory)
+        return Whole(advantage.reshape(shape), solved.reshape(shape[:-1]), teacher)
+
+    def _taught(
+        self, state: LearnerState, batch: TokenBatch
+    ) -> Float[Array, "M K b R"]:
+        """The teacher's log-probs of a whole iteration; padding is passed over."""
+
+        def one(part):
+            filled = jnp.any(part.mask > 0)
+            return jax.lax.cond(
+                filled,
+                lambda: self._scored_by_teacher(state, state.params, part)[0],
+                lambda: jnp.zeros_like(part.mask),
+            )
+
+        return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
+
+    def _gradient(self, state: LearnerState, params, batch: TokenBatch, whole):
         """Gradient of one minibatch, micro-batch by micro-batch.
 
         The loop runs over the micro-batches that hold real rows, so padding to a
@@ -194,10 +279,15 @@ class Learner:
         filled = (mask.sum(-1) > 0).astype(jnp.float32)
         count = mask.sum() if mode == "token-mean" else filled.sum()
         used = jnp.sum(filled.sum(-1) > 0)
-        loss = functools.partial(self._loss, state, count=jnp.maximum(count, 1.0))
+        counts = {
+            "token_count": mask.sum(),
+            "skilled_count": (mask * batch.skilled[..., None]).sum(),
+            "row_count": filled.sum(),
+        }
+        loss = functools.partial(self._loss, state, counts, jnp.maximum(count, 1.0))
 
         def micro(k):
-            part, share = jax.tree.map(lambda x: x[k], (batch, advantage))
+            part, share = jax.tree.map(lambda x: x[k], (batch, whole))
             return jax.grad(loss, has_aux=True)(params, part, share)
 
         shapes = jax.eval_shape(micro, 0)
@@ -208,8 +298,9 @@ class Learner:
 
         return jax.lax.fori_loop(0, used, body, zeros)
 
-    def _loss(self, state: LearnerState, params, batch: TokenBatch, advantage, count):
-        signals = self._signals(state, params, batch, advantage)
+    def _loss(self, state: LearnerState, counts, count, params, batch, whole):
+        signals = self._signals(state, params, batch, whole)
+        signals = dataclasses.replace(signals, **counts)
         output = self.recipe.loss(signals, self.config.objective)
         mode = self.config.objective.loss_agg_mode
         parts = {
@@ -225,33 +316,31 @@ class Learner:
         sums |= {f"loss_{k}": (v, jnp.zeros(())) for k, v in parts.items()}
         return total, jax.lax.stop_gradient(sums)
 
-    def _signals(self, state: LearnerState, params, batch: TokenBatch, advantage):
-        temperature = self.config.rollout.temperature
-        mask = batch.mask
-
-        def score(weights, view):
-            return scoring.score(self.model, weights, view, temperature, mask)
-
-        def fixed(weights, view) -> Any:
-            return jax.lax.stop_gradient(
-                score(jax.lax.stop_gradient(weights), view)
-            ).logprob
-
-        student = score(params, batch.student)
-        teacher = reference = None
-        if self.needs_teacher:
-            weights = params if state.teacher is None else state.teacher
-            teacher = fixed(weights, batch.teacher)
+    def _signals(self, state: LearnerState, params, batch: TokenBatch, whole):
+        temperature, mask = self.config.rollout.temperature, batch.mask
+        voice = scoring.read(self.model, params, batch.student)
+        student = scoring.scores(voice, batch.student, temperature, mask)
+        teacher = reference = divergence = None
+        if whole.teacher is not None:
+            teacher = whole.teacher
+        elif self.needs_teacher:
+            teacher, taught = self._scored_by_teacher(state, params, batch)
+            if self.measure is not None:
+                divergence = scoring.divergence(
+                    self.measure, voice, taught, temperature, mask
+                )
         if self.needs_reference:
-            reference = fixed(state.reference, batch.student)
+            view = batch.student
+            fixed = scoring.score(self.model, state.reference, view, temperature, mask)
+            reference = fixed.logprob
         return objective.Signals(
             student=student.logprob,
             teacher=teacher,
             old=batch.old,
             reference=reference,
             entropy=student.entropy,
-            divergence=None,
-            advantage=advantage[:, None] * mask,
+            divergence=divergence,
+            advantage=whole.advantage,
             mask=mask,
             segment=batch.segment,
             turn=batch.turn,
@@ -261,11 +350,21 @@ class Learner:
             group=batch.group,
             trajectory=batch.trajectory,
             success=batch.success,
+            group_success=whole.group_success,
             step=state.step,
+            stalled=state.plateau.stalled,
             vocabulary=self.model.vocab,
-            token_count=mask.sum(),
-            row_count=(mask.sum(-1) > 0).sum(),
         )
+
+    def _scored_by_teacher(self, state: LearnerState, params, batch: TokenBatch):
+        """The teacher's log-probs and its voice; no gradient goes into either."""
+        weights = params if state.teacher is None else state.teacher
+        weights = jax.lax.stop_gradient(weights)
+        voice = scoring.read(self.teacher_model, weights, batch.teacher)
+        voice = dataclasses.replace(voice, states=jax.lax.stop_gradient(voice.states))
+        temperature = self.config.rollout.temperature
+        found = scoring.scores(voice, batch.teacher, temperature, batch.mask)
+        return found.logprob, voice
 
 
 def means(sums: dict[str, tuple[Array, Array]]) -> dict[str, float]:

@@ -4,6 +4,8 @@
   python -m skillsd_jax.main --config=configs/household.py       trains
   … --config=FILE.py:PRESET --config.objective.name=grpo --workdir=FOLDER
 
+  … --config.objective.name=help                                 the methods
+
 Every setting of skillsd_jax/config.py is a flag: --config.SECTION.KEY=VALUE. The same
 command on the same workdir resumes.
 """
@@ -26,8 +28,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; settings start with --config.")
     if CONFIG.value is None:
-        print(presets.listing())
-        return
+        return print(presets.listing())
+    if CONFIG.value.objective.name == "help":
+        from skillsd_jax.losses import objective  # jax takes seconds: not above
+
+        return print(objective.listing())
     logging.set_verbosity(logging.WARNING)  # orbax tells of every step of every save
     spec = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = WORKDIR.value or presets.default_workdir(spec, CONFIG.value)

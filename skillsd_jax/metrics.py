@@ -316,7 +316,12 @@ def table(summary: Mapping) -> str:
     """
     temperature = summary["config"]["evaluate"]["temperature"]
     rows = [("", "warm start", "trained", "change")]
-    for label, suffix in ((f"T = {temperature}", ""), ("greedy", "_greedy")):
+    panels = (
+        (f"T = {temperature}", ""),
+        ("greedy", "_greedy"),
+        ("with skills", "_with_skills"),
+    )
+    for label, suffix in panels:
         before, after = summary.get(f"before{suffix}"), summary.get(f"after{suffix}")
         if before and after:
             change = 100 * (after["success"] - before["success"])

@@ -144,13 +144,20 @@ def _that_fits(player: Player, hint: Callable[[Task], str | None]):
     return fitting
 
 
-def warm_up(player: Player, params) -> None:
-    """Compiles every shape that plain rollouts may use, so that none is met later."""
+def warm_up(player: Player, params, hinted: bool = False) -> None:
+    """Compiles every shape that rollouts may use, so that none is met later.
+
+    Args:
+      player, params: who plays.
+      hinted: prompts with a skill too.
+    """
+    longest = player.prompt.max_prompt_length
+    lengths = [longest, longest + player.prompt.max_skill_length][: 1 + hinted]
     for rows in player.row_buckets:
         keyed = (jax.random.key(0), *np.full((2, rows), -1, np.int32))
         if player.prompt.context == "windowed":
-            prompt = _ragged([], rows, player.prompt.max_prompt_length)
-            _fresh(player, params, prompt, keyed, 1.0)
+            for length in lengths:
+                _fresh(player, params, _ragged([], rows, length), keyed, 1.0)
             continue
         for length in player.turn_buckets:
             state = sampler.start(player.model, rows, player.window(hinted=True))

@@ -5,6 +5,7 @@ tasks → rollout.collect → summarize → bank.absorb → retrieve → prompts
 """
 
 import dataclasses
+import functools
 import platform
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from skillsd_jax import (
     agent,
     artifacts,
     checkpoint,
-    evaluate,
     experience,
     imitate,
     learner,
     metrics,
+    panels,
+    practice,
     rollout,
     timing,
     tokens,
@@ -28,7 +30,7 @@ from skillsd_jax import (
 )
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
-from skillsd_jax.losses.objective import OBJECTIVES
+from skillsd_jax.losses.objective import recipe
 from skillsd_jax.models import huggingface
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import retrieval, summarizer
@@ -53,10 +55,10 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
         config,
         {
             "environment.name": ENVIRONMENTS,
-            "objective.name": OBJECTIVES,
             "skills.retrieval": retrieval.RETRIEVAL,
         },
     )
+    _check_method(config)
     _probe(config)
     validation.claim_workdir(workdir, config)
     compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
@@ -65,11 +67,30 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
         return Run(config, Path(workdir), progress).finish()
 
 
+def _check_method(config: settings.Config) -> None:
+    """The method exists, its schedules can be read, and its teacher can be had."""
+    try:
+        method = recipe(config.objective.name)
+        method.scheduled(config.objective)
+        method.wide(config.objective)
+    except ValueError as fault:
+        raise validation.Refused(str(fault)) from fault
+    external = "external" in (method.teacher, config.teacher.kind) and method.shown
+    if external and config.model.path and not config.teacher.path:
+        raise validation.Refused(
+            f"objective.name={config.objective.name} with an external teacher needs "
+            "its weights; pass --config.teacher.path=FOLDER, a Hugging Face folder of "
+            "the student's vocabulary"
+        )
+
+
 def _probe(config: settings.Config) -> None:
     """Starts an episode and looks at the weights: what is missing ends the run now."""
     try:
         if config.model.path:
             huggingface.check(config.model.path)
+        if config.teacher.path:
+            huggingface.check(config.teacher.path)
         (environment,) = rollout.environments(config.environment, "train")
         environment.reset(0)
     except (ImportError, ValueError, OSError) as fault:
@@ -89,16 +110,6 @@ def key_for(seed: int, purpose: str, index: int = 0) -> jax.Array:
     """A key that depends on (seed, purpose, index) alone: resuming needs no state."""
     key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
     return jax.random.fold_in(key, index)
-
-
-def drawn_tasks(seed: int, iteration: int, count: int, tasks: int) -> list[int]:
-    """Tasks of an iteration: epochs of a seeded permutation, without state."""
-    drawn = []
-    for cursor in range(iteration * count, (iteration + 1) * count):
-        epoch, place = divmod(cursor, tasks)
-        order = np.random.default_rng([seed, epoch]).permutation(tasks)
-        drawn.append(int(order[place]))
-    return drawn
 
 
 class Run:
@@ -126,18 +137,42 @@ class Run:
         # The most rows an iteration can leave, plus one that is always padding.
         self.batch_rows = episodes * turns + 1
         self.scored = self.player.scored(turns)
-        self.learner = learner.Learner(
-            self.player.model, config, config.iterations * self._updates()
-        )
-        self.state = self.learner.init(self.agent.params)
-        self.bank = skill_bank.Bank(config.skills.capacity)
+        self.recipe = recipe(config.objective.name)
         self.host: dict[str, Any] = {}
+        self._make_learner()
+        self.practice = practice.Practice(
+            config,
+            self.recipe,
+            self.player,
+            self.train_environments,
+            functools.partial(key_for, config.seed, "rollout"),
+        )
+        self.expert_skill = functools.cache(
+            functools.partial(imitate.expert_skill, self._environments("train")[0])
+        )
+        self.bank = skill_bank.Bank(config.skills.capacity)
         self.environment_steps = 0
         with self.clock("panels"):
-            self._make_panels()
+            self.panels = panels.Panels(
+                config, self.player, functools.partial(key_for, config.seed)
+            )
+            self.progress.say(self.panels.describe())
         self.checkpoints = checkpoint.Checkpointer(
             workdir / "checkpoints", config.keep_checkpoints
         )
+
+    def _make_learner(self) -> None:
+        model, weights, record = None, None, {}
+        kind = self.recipe.teacher or self.config.teacher.kind
+        if self.recipe.shown and kind == "external":
+            with self.clock("warm_start"):
+                model, weights, record = agent.make_teacher(
+                    self.config, self.agent, self.progress.say
+                )
+        self.teacher_record = {"kind": kind if self.recipe.shown else "none", **record}
+        updates = self.config.iterations * self._updates()
+        self.learner = learner.Learner(self.player.model, self.config, updates, model)
+        self.state = self.learner.init(self.agent.params, weights)
 
     def _updates(self) -> int:
         """Optimiser steps per iteration, at most."""
@@ -151,29 +186,18 @@ class Run:
             self.config.environment, split, self.config.rollout.rows
         )
 
-    def _make_panels(self) -> None:
-        setting = self.config.evaluate
-        self.test_environments = self._environments(setting.split)
-        self.teacher_environments = self._environments("teacher")
-        self.progress.say("panels: reading the held-out tasks")
-        self.panel = evaluate.make_panel(
-            self.test_environments[0], setting.split, setting.tasks
-        )
-        self.teacher_panel = evaluate.make_panel(
-            self.teacher_environments[0], "teacher", setting.teacher_tasks
-        )
-        self.progress.say(
-            f"panels: {self.panel.size} tasks {self.panel.hash}, teacher "
-            f"{self.teacher_panel.size} tasks {self.teacher_panel.hash}"
-        )
-
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
         start = self._restore()
         with self.clock("compile"):
-            rollout.warm_up(self.player, self.state.params)
+            rollout.warm_up(self.player, self.state.params, self.recipe.student_skill)
         if not self.host:
-            self._before()
+            self.progress.say("before: student on the test panel, teacher on its own")
+            with self.clock("evaluate"):
+                self.host |= self._standing("before")
+            with self.clock("teacher"):
+                self.host |= self.panels.teacher(self.state.params)
+            self.clock.lap()
         self.writer = metrics.open_writer(self.config.writers, self.workdir, start)
         for iteration in range(start, self.config.iterations):
             record = self.iterate(iteration)
@@ -195,67 +219,65 @@ class Run:
         config, clock = self.config, self.clock
         before = self.compilations.count
         with clock("rollout"):
-            played = self._play(iteration)
+            practiced = self.practice.episodes(self.state.params, iteration, self.bank)
+            played = practiced.kept
         with clock("skills"):
             made = experience.summarize(played, self.bank, config.skills.per_group)
             self.bank.absorb(made)
-            rng = np.random.default_rng([config.seed, iteration, 1])
-            found = experience.retrieve(played, self.bank, config.skills, rng)
-            views = experience.views(
-                played, found, self.player.prompter, config.objective
-            )
+            views = self._views(played, iteration)
         with clock("pack"):
             batch = self._batch(views.rows, iteration)
         with clock("update"):
             self.state, sums = self.learner.update(self.state, batch)
             figures = learner.means(sums)
+        shown = practiced.hints if self.recipe.student_skill else views.shown
         with clock("skills"):
-            self._credit(played, views)
+            self._credit(played, shown)
+        taught = [row.teacher is not None for row in views.rows]
+        hinted = [skill is not None for skill in practiced.hints]
         record = {
-            **experience.figures(played.trajectories),
+            **experience.figures(practiced.played),
             **figures,
             "rows": len(views.rows),
+            "groups_dropped": practiced.dropped,
             "skills": {
                 "held": len(self.bank),
                 "made": len(made),
-                "used": float(np.mean([row.teacher is not None for row in views.rows])),
+                "used": _mean(hinted if self.recipe.student_skill else taught),
                 "cut": views.cut,
                 "dropped": views.dropped,
             },
         }
-        self.environment_steps += sum(len(t.turns) for t in played.trajectories)
+        self.environment_steps += sum(len(t.turns) for t in practiced.played)
         with clock("evaluate"):
             record |= self._during(iteration)
-        self._keep_sample(iteration, played, views)
+        self._keep_sample(iteration, played, shown)
         record["environment_steps"] = self.environment_steps
         record["compilations"] = self.compilations.count - before
         record["seconds"] = clock.lap()
         return record
 
-    def _play(self, iteration: int) -> experience.Experience:
-        config = self.config
-        drawn = drawn_tasks(
-            config.seed,
-            iteration,
-            config.rollout.prompts,
-            config.environment.train_tasks,
+    def _views(self, played, iteration: int) -> experience.Views:
+        """Both views of the episodes' contexts, as the method says."""
+        rng = np.random.default_rng([self.config.seed, iteration, 1])
+        sources = experience.Sources(
+            self.bank, self.config.skills, rng, self.expert_skill
         )
-        trajectories = rollout.collect(
-            self.player,
-            self.state.params,
-            self.train_environments,
-            np.repeat(drawn, config.rollout.group_size),
-            key_for(config.seed, "rollout", iteration),
-            config.rollout.temperature,
+        return experience.views(
+            played,
+            experience.SHOWN[self.recipe.shown](played, sources),
+            self.player.prompter,
+            self.config.objective,
+            plain_teacher=self.recipe.shown == "plain",
         )
-        groups = np.repeat(np.arange(len(drawn)), config.rollout.group_size)
-        return experience.Experience(trajectories, groups.tolist(), iteration)
 
     def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.TokenBatch:
         batch = tokens.pack(
             rows,
             self.batch_rows,
-            self.player.length,
+            self.player.skilled_length
+            if self.recipe.student_skill
+            else self.player.length,
             self.player.skilled_length,
             self.scored,
         )
@@ -264,85 +286,36 @@ class Run:
         )
         return learner.arrange(batch, order, self.config.optimizer)
 
-    def _credit(self, played: experience.Experience, views: experience.Views) -> None:
-        """Books each episode's reward to the skill its teacher was shown."""
-        shown = zip(views.shown, played.trajectories)
+    def _credit(self, played: experience.Experience, shown) -> None:
+        """Books each episode's reward to the skill of the bank that was shown."""
+        if self.recipe.shown != "skill" and not self.recipe.student_skill:
+            return
         self.bank.credit(
             (skill.id, summarizer.unit_reward(episode))
-            for skill, episode in shown
+            for skill, episode in zip(shown, played.trajectories)
             if skill is not None
         )
 
-    def _evaluate(self, temperature: float, samples: int) -> evaluate.Result:
-        """The student on the test panel, without skills."""
-        return evaluate.evaluate(
-            self.player,
-            self.state.params,
-            self.test_environments,
-            self.panel,
-            key_for(self.config.seed, "evaluate"),
-            temperature,
-            samples,
+    def _standing(self, when: str) -> dict[str, Any]:
+        """Figures of the present student, named for summary.json."""
+        rng = np.random.default_rng([self.config.seed, 5])
+        hints = experience.Hints(
+            self.bank, self.config.skills, rng, self.player.prompter
         )
-
-    def _standing(self) -> dict[str, evaluate.Result]:
-        """Sampled and, if asked for, greedy results of the present student."""
-        setting = self.config.evaluate
-        results = {"": self._evaluate(setting.temperature, setting.samples)}
-        if setting.greedy:
-            results["_greedy"] = self._evaluate(0.0, 1)
-        return results
+        hint = hints.text if self.recipe.student_skill else None
+        results = self.panels.standing(self.state.params, hint)
+        return {when + name: dataclasses.asdict(r) for name, r in results.items()}
 
     def _during(self, iteration: int) -> dict[str, Any]:
         every, done = self.config.evaluate.every, iteration + 1
         if not every or done % every or done == self.config.iterations:
             return {}
-        setting = self.config.evaluate
-        result = self._evaluate(setting.temperature, setting.samples)
+        result = self.panels.student(self.state.params)
         return {"evaluation": dataclasses.asdict(result)}
 
-    def _before(self) -> None:
-        """Figures of the warm start, and of its teacher on the teacher's panel."""
-        self.progress.say("before: student on the test panel, teacher on its own")
-        with self.clock("evaluate"):
-            for name, result in self._standing().items():
-                self.host["before" + name] = dataclasses.asdict(result)
-        with self.clock("teacher"):
-            expert = {
-                seed: imitate.expert_skill(self.teacher_environments[0], seed)
-                for seed in range(self.teacher_panel.size)
-            }
-            plain, episodes = self._on_teacher_panel(None)
-            own = {
-                t.task.seed: summarizer.render(summarizer.summarize(t, 0, "own"))
-                for t in episodes
-                if t.turns
-            }
-            taught, _ = self._on_teacher_panel(lambda task: expert[task.seed])
-            self_taught, _ = self._on_teacher_panel(lambda task: own.get(task.seed))
-        self.host |= {
-            "student_on_teacher_panel": plain.record(),
-            "teacher_before": taught.record(),
-            "teacher_before_own_skills": self_taught.record(),
-        }
-        self.clock.lap()
-
-    def _on_teacher_panel(self, hint):
-        seeds = np.arange(self.teacher_panel.size)
-        episodes = rollout.collect(
-            self.player,
-            self.state.params,
-            self.teacher_environments,
-            seeds,
-            key_for(self.config.seed, "teacher"),
-            self.config.evaluate.temperature,
-            hint,
-        )
-        return evaluate.tally(episodes), episodes
-
-    def _keep_sample(self, iteration: int, played, views) -> None:
+    def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
-        chosen = list(zip(played.trajectories, views.shown))
+        chosen = list(zip(played.trajectories, shown))
         chosen = chosen[: self.config.sample_trajectories]
         lines = [experience.line(episode, skill) for episode, skill in chosen]
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
@@ -375,20 +348,18 @@ class Run:
     def _after(self) -> dict[str, Any]:
         """Final figures, summary.json and the table."""
         with self.clock("evaluate"):
-            after = {
-                "after" + name: dataclasses.asdict(result)
-                for name, result in self._standing().items()
-            }
+            after = self._standing("after")
         self.bank.save(self.workdir / "skills.jsonl")
         summary = {
             "config": settings.to_dict(self.config),
             "seed": self.config.seed,
             "data": self.train_environments[0].data,
-            "panel": self.panel.record(),
-            "teacher_panel": self.teacher_panel.record(),
+            "panel": self.panels.test.record(),
+            "teacher_panel": self.panels.taught.record(),
             **self.host,
             **after,
             "warm_start": self.agent.record,
+            "teacher": self.teacher_record,
             "environment_steps": self.environment_steps,
             "seconds": {k: round(v, 1) for k, v in self.clock.total.items()},
             "versions": metrics.versions(),
@@ -398,3 +369,7 @@ class Run:
         self.progress.say(metrics.table(summary))
         self.progress.say(f"everything lies in {self.workdir}")
         return summary
+
+
+def _mean(values) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

@@ -10,6 +10,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from skillsd_jax.losses.arguments import widen
+from skillsd_jax.losses.policy_gradient import ratio
 
 
 def k1(
@@ -18,6 +19,28 @@ def k1(
     """ℓ. Expected gradient 0: right as a reward, useless as a loss."""
     student, teacher = widen(student, teacher)
     return student - stop_gradient(teacher)
+
+
+def k1_reward(
+    student: Float[Array, "..."],
+    teacher: Float[Array, "..."],
+    old: Float[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """sg[ℓ] · log π_θ, or sg[ℓ] · ρ off policy: Δ = −ℓ as an advantage.
+
+    The gradient is ℓ ∇log π_θ (times ρ), so that its expectation is ∇KL(π_θ‖π_T), off
+    policy too if `old` is given.
+
+    Args:
+      student: log-probs, nats, differentiated.
+      teacher: log-probs, nats.
+      old: log-probs at sampling time, nats; None: sampled from the student.
+
+    Source: on-policy distillation, thinkingmachines.ai/blog/on-policy-distillation.
+    """
+    ell = stop_gradient(k1(student, teacher))
+    (student,) = widen(student)
+    return ell * (student if old is None else ratio(student, old))
 
 
 def k2(

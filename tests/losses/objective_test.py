@@ -7,10 +7,16 @@ import pytest
 
 from skillsd_jax import config
 from skillsd_jax.losses import distillation, gates, masking, objective, policy_gradient
+from skillsd_jax.losses.objective import advantage, terms, weights
 
 B, R = 6, 4
 NAMES = list(objective.OBJECTIVES)
-DISTILLED = ["skill_sd", "sdar"]
+DISTILLED = {  # name → (coefficient, where its distillation counts)
+    "skill_sd": "sdl_lambda",
+    "sdar": "sdar_coef",
+    "grpo_opsd": "sdl_lambda",
+    "grpo_opsd_released": "sdar_coef",
+}
 
 
 def settings(name="skill_sd", **changes):
@@ -37,7 +43,21 @@ def signals():
         advantage=rng.normal(size=(B, 1)).astype(np.float32) * mask,
         mask=mask,
         skilled=np.array([1, 0, 1, 0, 1, 0], np.float32),
+        divergence=-draw(),
+        segment=(rng.integers(0, 3, (B, R)) * mask).astype(np.int32),
+        turn=np.where(mask > 0, rng.integers(0, 2, (B, R)), -1).astype(np.int32),
+        group_success=np.array([0, 0, 0, 0.5, 0.5, 1], np.float32),
+        step=np.int32(3),
+        stalled=np.int32(0),
+        vocabulary=np.int32(50),
+        token_count=mask.sum(),
+        skilled_count=mask[::2].sum(),
     )
+
+
+def rows_of(signals, rows):
+    """A micro-batch: its rows, and the figures of the whole batch."""
+    return jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, signals)
 
 
 def total(signals, objective_settings, count=None):
@@ -92,7 +112,7 @@ def test_a_recipe_is_the_sum_of_its_equations(signals):
 
 @pytest.mark.parametrize("name", DISTILLED)
 def test_at_coefficient_zero_a_distilled_objective_is_grpo(name, signals):
-    zero = settings(name, sdl_lambda=0.0, sdar_coef=0.0)
+    zero = settings(name, **{DISTILLED[name]: 0.0})
     gradient = jax.grad(loss_of(signals, zero))(signals.student)
     plain = jax.grad(loss_of(signals, settings("grpo")))(signals.student)
     np.testing.assert_allclose(gradient, plain, rtol=1e-6, atol=1e-8)
@@ -139,7 +159,7 @@ def test_micro_batches_change_nothing(name, mode, signals):
     whole = jax.value_and_grad(loss_of(signals, chosen))(signals.student)
     value, gradients = 0, []
     for rows in (slice(0, 1), slice(1, 3), slice(3, 6)):  # 4, 2 and 8 tokens
-        part = jax.tree.map(lambda x, rows=rows: x[rows], signals)
+        part = rows_of(signals, rows)
         each = jax.value_and_grad(loss_of(part, chosen, count))(part.student)
         value, gradients = value + each[0], [*gradients, each[1]]
     np.testing.assert_allclose(value, whole[0], rtol=1e-5, atol=1e-6)
@@ -174,10 +194,10 @@ def test_without_rewards_skill_sd_follows_the_reverse_kl(words):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_student_is_moved(name, signals):
     chosen = settings(name, kl_coefficient=0.1, gate="soft_or")
-    gradients = jax.grad(total)(signals, chosen)
+    gradients = jax.grad(total, allow_int=True)(signals, chosen)
     for field in ("old", "teacher", "reference", "entropy", "advantage"):
         assert not getattr(gradients, field).any(), field
-    assert gradients.student.any()
+    assert gradients.student.any() or gradients.divergence.any()
 
 
 def test_the_gate_is_the_one_that_is_set(signals):
@@ -282,18 +302,226 @@ def test_the_reference_is_needed_where_it_has_a_coefficient(signals):
         grpo.loss(without, pulled)
 
 
+def episodes(reward, group, trajectory, length=1, **more):
+    """Rows of `length` tokens."""
+    shape = (len(reward), length)
+    return objective.Episodes(
+        reward=np.array(reward, np.float32),
+        group=np.array(group),
+        trajectory=np.array(trajectory),
+        **{
+            "success": (np.array(reward) > 0).astype(np.float32),
+            "skilled": np.ones(shape[0], np.float32),
+            "turn": np.zeros(shape, np.int32),
+            "anchor": np.zeros(shape, np.int32),
+            "mask": np.ones(shape, np.float32) * (np.array(trajectory) >= 0)[:, None],
+            "old": np.zeros(shape, np.float32),
+            **more,
+        },
+    )
+
+
 def test_statistics_choose_what_is_counted():
     # Episode 0 has three rows and won, episode 1 has one; episode 2 is alone.
-    reward = np.array([1, 1, 1, 0, 5, 9], np.float32)
-    group = np.array([0, 0, 0, 0, 1, 0])
-    trajectory = np.array([0, 0, 0, 1, 2, -1])
-    by_episode = objective.group_advantage(reward, group, trajectory, settings())
+    played = episodes([1, 1, 1, 0, 5, 9], [0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 2, -1])
+    by_episode = objective.recipe("grpo").advantage(played, settings())[:, 0]
     h = 0.5**0.5
     np.testing.assert_allclose(by_episode, [h, h, h, -h, 0, 0], rtol=1e-5)
-    by_row = objective.group_advantage(
-        reward, group, trajectory, settings(statistics="row", normalize_std=False)
-    )
+    chosen = settings(statistics="row", normalize_std=False)
+    by_row = objective.recipe("grpo").advantage(played, chosen)[:, 0]
     np.testing.assert_allclose(by_row, [0.25, 0.25, 0.25, -0.75, 5, 0], rtol=1e-5)
+
+
+def test_credits_count_on_skilled_rows_alone():
+    # Two episodes of two tokens, the second without a skill.
+    gap = np.array([[0.1, -0.3], [0.5, 0.5]], np.float32)
+    played = episodes(
+        [1, 0], [0, 0], [0, 1], 2, skilled=np.array([1.0, 0]), teacher=gap, step=8
+    )
+    plain = objective.recipe("grpo").advantage(played, settings())
+    h = 0.5**0.5
+    expected = {
+        # l = ½ (1 − 8/100): A [(1 − l) + l clip(e^Δ, 0.8, 1.2)]
+        "rlsd": h * (1 - 0.46 + 0.46 * np.array([np.exp(0.1), 0.8])),
+        "opid": h + 0.001 * gap[0],
+        # δ = −0.1: e = expm1(−0.1); the other episode's is 0: mean |e| is half of it.
+        "grsd": h * (1 + 0.5 * -0.2) * np.ones(2),
+        # One turn: it has nothing to be compared with.
+        "agent_opsd": h * np.ones(2),
+    }
+    for name, wanted in expected.items():
+        shaped = objective.recipe(name).advantage(played, settings(name))
+        np.testing.assert_allclose(shaped[0], wanted, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(shaped[1], plain[1], rtol=1e-5, err_msg=name)
+
+
+def test_the_window_of_tcod_grows_by_a_turn():
+    gap = np.array([[0.1, -0.3, 0.5]], np.float32)
+    for step, wanted in ((0, [0.1, 0, 0]), (5, [0.1, -0.3, 0]), (99, gap[0])):
+        played = episodes(
+            [1], [0], [0], 3, turn=np.array([[0, 1, 2]]), teacher=gap, step=step
+        )
+        value = objective.recipe("tcod").advantage(played, settings("tcod"))
+        np.testing.assert_allclose(value[0], wanted, rtol=1e-6)
+
+
+def test_grsd_leaves_groups_of_one_ending_alone():
+    played = episodes([1, 1], [0, 0], [0, 1], teacher=np.array([[0.4], [0.1]]))
+    won = episodes([2, 1], [0, 0], [0, 1], teacher=np.array([[0.4], [0.1]]))
+    for each in (played, won):
+        shaped = objective.recipe("grsd").advantage(each, settings("grsd"))
+        plain = objective.recipe("grpo").advantage(each, settings())
+        np.testing.assert_array_equal(shaped, plain)
+
+
+def test_gigpo_adds_what_a_turn_did_better_from_the_same_screen():
+    # Two episodes of two turns from one screen (7); the first won. G = γR, R and 0, 0.
+    turn, anchor = np.array([[0], [1], [0], [1]]), np.array([[7], [8], [7], [9]])
+    played = episodes([1, 1, 0, 0], [0] * 4, [0, 0, 1, 1], turn=turn, anchor=anchor)
+    chosen = settings("gigpo", normalize_std=False, step_weight=2.0, discount=0.5)
+    value = objective.recipe("gigpo").advantage(played, chosen)[:, 0]
+    # A_S at screen 7: ½ − ¼ and 0 − ¼; screens 8 and 9 were met once: 0.
+    np.testing.assert_allclose(value, [0.5 + 0.5, 0.5, -0.5 - 0.5, -0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, r in objective.OBJECTIVES.items() if r.credits]
+)
+def test_a_credit_without_a_teacher_is_refused(name):
+    with pytest.raises(ValueError, match="needs the teacher's log-probs, which came"):
+        objective.recipe(name).advantage(
+            episodes([1], [0], [0], step=0), settings(name)
+        )
+
+
+def test_a_group_is_solved_by_its_episodes_not_by_its_rows():
+    share = advantage.group_success(
+        np.array([1.0, 1, 1, 0, 0, 1]),
+        np.array([0, 0, 0, 0, 1, 0]),
+        np.array([0, 0, 0, 1, 2, -1]),
+    )
+    np.testing.assert_allclose(share[:5], [0.5, 0.5, 0.5, 0.5, 0], rtol=1e-6)
+
+
+def test_segments_weigh_every_term_or_the_distillation_alone(signals):
+    plain = objective.recipe("skill_sd").loss(signals, settings()).terms
+    by = np.select([signals.segment == 1, signals.segment == 2], [2.0, 3.0], 1.0)
+    every = settings(reason_weight=2.0, action_weight=3.0)
+    for name, term in objective.recipe("skill_sd").loss(signals, every).terms.items():
+        np.testing.assert_allclose(term, by * plain[name], rtol=1e-6)
+    distilled = settings(distill_reason_weight=2.0, distill_action_weight=3.0)
+    found = objective.recipe("skill_sd").loss(signals, distilled).terms
+    np.testing.assert_array_equal(found["policy"], plain["policy"])
+    np.testing.assert_allclose(
+        found["distillation"], by * plain["distillation"], rtol=1e-6
+    )
+
+
+def test_sad_counts_reasoning_and_action_alone(signals):
+    chosen = settings("sad", distill_reason_weight=2.0, distill_action_weight=0.5)
+    found = objective.recipe("sad").loss(signals, chosen).terms
+    weight = np.select([signals.segment == 1, signals.segment == 2], [2.0, 0.5], 0.0)
+    assert found.keys() == {"distillation"}
+    np.testing.assert_allclose(found["distillation"], weight * signals.divergence)
+
+
+def test_sdpo_cuts_the_importance_weight_at_two(signals):
+    found = objective.recipe("sdpo").loss(signals, settings("sdpo")).terms
+    rho = np.minimum(np.exp(signals.student - signals.old), 2.0)
+    share = signals.token_count / signals.skilled_count
+    wanted = share * signals.skilled[:, None] * rho * signals.divergence * signals.mask
+    np.testing.assert_allclose(found["distillation"], wanted, rtol=1e-5)
+    assert (np.exp(signals.student - signals.old) > 1.1).any()
+
+
+def test_weights_of_failed_groups_and_of_missing_signals(signals):
+    failed = weights.on_failed_groups(signals, settings())
+    np.testing.assert_array_equal(failed[:, 0], [1, 1, 1, 0, 0, 0])
+    bare = dataclasses.replace(signals, segment=None)
+    np.testing.assert_array_equal(weights.by_segment(bare, 2.0, 3.0), [[1]])
+
+
+def test_the_sequence_ratio_is_one_figure_a_row(signals):
+    chosen = settings("grpo", ratio="sequence", clip_low=0.05, clip_high=0.05)
+    found = objective.recipe("grpo").loss(signals, chosen).terms["policy"]
+    log_ratio = policy_gradient.sequence_log_ratio(
+        signals.student, signals.old, signals.mask
+    )[:, None]
+    wanted = policy_gradient.clipped_surrogate(
+        log_ratio, 0.0, signals.advantage, 0.05, 0.05, 3.0
+    )
+    np.testing.assert_allclose(found, wanted * signals.mask, rtol=1e-5)
+
+
+def test_schedules_change_coefficients_and_are_logged(signals):
+    chosen = settings(
+        "sdar",
+        schedules="sdar_coef=linear:4,gate_beta=growing:6,entropy_coefficient=constant",
+    )
+    output = objective.recipe("sdar").loss(signals, chosen)
+    now = settings("sdar", sdar_coef=0.3 / 4, gate_beta=2.5)
+    wanted = objective.recipe("sdar").loss(signals, now)
+    np.testing.assert_allclose(
+        output.terms["distillation"], wanted.terms["distillation"], rtol=1e-6
+    )
+    for name, value in (("sdar_coef", 0.075), ("gate_beta", 2.5)):
+        logged, weight = output.metrics[f"coefficient_{name}"]
+        np.testing.assert_allclose(logged, value, rtol=1e-6)
+        np.testing.assert_array_equal(weight, signals.mask)
+
+
+def test_a_retired_coefficient_is_zero(signals):
+    chosen = settings("sdar", schedules="sdar_coef=plateau:3")
+    for stalled, zero in ((2, False), (3, True)):
+        now = dataclasses.replace(signals, stalled=np.int32(stalled))
+        found = objective.recipe("sdar").loss(now, chosen).terms["distillation"]
+        assert bool((found == 0).all()) == zero
+
+
+def test_what_a_name_means_cannot_be_set_otherwise(signals):
+    name = "grpo_opsd_released"
+    metrics = (
+        objective.recipe(name).loss(signals, settings(name, gate_beta=7.0)).metrics
+    )
+    np.testing.assert_array_equal(metrics["gate"][0], 0.5)
+
+
+@pytest.mark.parametrize("estimator", terms.ESTIMATORS)
+def test_an_open_method_takes_any_estimator(estimator, signals):
+    chosen = settings("opsd", estimator=estimator)
+    recipe = objective.recipe("opsd")
+    assert ("divergence" in recipe.required(chosen)) == (estimator in terms.WIDE)
+    found = recipe.loss(signals, chosen).terms["distillation"]
+    assert found[0].all() and not found[1].any()
+
+
+def test_the_entropy_of_a_gate_may_be_divided_by_log_v(signals):
+    chosen = settings("sdar", gate="entropy", gate_entropy="normalised", gate_beta=2.0)
+    gate, _ = objective.recipe("sdar").loss(signals, chosen).metrics["gate"]
+    wanted = gates.entropy_gate(signals.entropy / np.log(50), 2.0)
+    np.testing.assert_allclose(gate, wanted, rtol=1e-6)
+
+
+def test_distillation_may_be_divided_by_skilled_tokens(signals):
+    chosen = settings(per_skilled_token=True, loss_agg_mode="token-mean")
+    found = objective.recipe("skill_sd").loss(signals, chosen).terms["distillation"]
+    values = distillation.weighted_reverse_kl(
+        signals.student, signals.teacher, signals.old, 10.0, 20.0
+    )
+    only = signals.mask * signals.skilled[:, None]
+    np.testing.assert_allclose(
+        masking.token_mean(found, signals.mask),
+        0.3 * masking.token_mean(values, only),
+        rtol=1e-5,
+    )
+
+
+def test_the_entropy_bonus_is_off_unless_it_is_set(signals):
+    off = objective.recipe("grpo").loss(signals, settings("grpo")).terms
+    chosen = settings("grpo", entropy_coefficient=0.1)
+    on = objective.recipe("grpo").loss(signals, chosen).terms
+    assert "entropy_bonus" not in off
+    np.testing.assert_allclose(on["entropy_bonus"], -0.1 * signals.entropy, rtol=1e-6)
 
 
 def test_a_new_method_is_a_term_and_an_entry(signals):
@@ -301,7 +529,7 @@ def test_a_new_method_is_a_term_and_an_entry(signals):
         loss = distillation.k2(signals.student, signals.teacher)
         return objective.Output({"distillation": loss}, {})
 
-    twice = objective.Recipe("k2, twice", terms=(plain_k2, plain_k2))
+    twice = objective.Recipe("k2, twice", source="ours", terms=(plain_k2, plain_k2))
     terms = twice.loss(signals, settings()).terms
     expected = (signals.student - signals.teacher) ** 2
     np.testing.assert_allclose(terms["distillation"], expected, rtol=1e-5)
@@ -312,10 +540,12 @@ def test_unknown_names_are_refused_with_the_known_ones(signals):
         objective.recipe("ppo")
     lines = str(error.value).splitlines()
     assert "'ppo' is unknown" in lines[0]
-    assert [line.split(":")[0].strip() for line in lines[1:]] == NAMES
+    assert [line.split()[0] for line in lines[1:]] == NAMES
     with pytest.raises(ValueError, match="gate='or' is unknown; choose gap, entropy, "):
         total(signals, settings("sdar", gate="or"))
     with pytest.raises(ValueError, match="statistics='all' is unknown; choose traj"):
-        objective.group_advantage(
-            np.ones(1), np.zeros(1, int), np.zeros(1, int), settings(statistics="all")
+        objective.recipe("grpo").advantage(
+            episodes([1], [0], [0]), settings(statistics="all")
         )
+    with pytest.raises(ValueError, match="estimator='k9' is unknown; choose k1, "):
+        objective.recipe("opd").required(settings("opd", estimator="k9"))

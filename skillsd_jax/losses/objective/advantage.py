@@ -1,0 +1,186 @@
+"""What an episode is worth, and how the teacher shares that out over its tokens.
+
+A baseline makes an advantage from the rewards of a whole iteration. Credits then
+reshape it token by token, in order: as a multiplier or as an addend. Nothing here is
+differentiated.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float, Int
+
+from skillsd_jax import config
+from skillsd_jax.losses import credit, policy_gradient
+from skillsd_jax.losses.arguments import choose, widen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """A whole iteration; see Signals. `teacher` may be None, and `step` is the count
+    of iterations done."""
+
+    reward: Float[Array, "B"]
+    group: Int[Array, "B"]
+    trajectory: Int[Array, "B"]
+    success: Float[Array, "B"]
+    skilled: Float[Array, "B"]
+    turn: Int[Array, "B R"]
+    anchor: Int[Array, "B R"]
+    mask: Float[Array, "B R"]
+    old: Float[Array, "B R"]
+    teacher: Float[Array, "B R"] | None = None
+    step: Int[Array, ""] | None = None
+
+    @property
+    def gap(self) -> Float[Array, "B R"]:
+        """Δ = log π_T − log π_old on skilled tokens, 0 elsewhere; nats.
+
+        Raises:
+          ValueError: no teacher has scored the episodes.
+        """
+        if self.teacher is None:
+            raise ValueError(
+                "a credit needs the teacher's log-probs, which came as None; "
+                "a recipe with credits says what its teacher is shown"
+            )
+        seen = (self.mask * self.skilled[:, None]) > 0
+        teacher, old = widen(self.teacher, self.old)
+        return jnp.where(seen, teacher - old, 0)
+
+    @property
+    def unit(self) -> Int[Array, "B R"]:
+        """An id of each token's turn, unique over the batch."""
+        return credit.ranks(self._spread(self.trajectory), self.turn)
+
+    def mean_of_group(self, values: Float[Array, "B"]) -> Float[Array, "B R"]:
+        """Mean over the group's episodes, each counted once."""
+        ids = credit.ranks(self._spread(self.trajectory))
+        tokens = credit.sum_of(jnp.ones_like(self.mask), self.mask, ids)
+        once = self.mask / jnp.maximum(tokens, 1)
+        (spread,) = widen(self._spread(values))
+        return credit.mean_of(spread, once, credit.ranks(self._spread(self.group)))
+
+    def _spread(self, values: Array) -> Array:
+        return jnp.broadcast_to(values[:, None], self.turn.shape)
+
+
+Baseline = Callable[[Episodes, config.Objective], Float[Array, "B R"]]
+Credit = Callable[
+    [Episodes, config.Objective, Float[Array, "B R"]], Float[Array, "B R"]
+]
+
+# Rows are episodes cut in pieces: how each counts in the statistics of its group, and
+# what a group of one gets. With a sibling lost to a crash, an episode has no baseline.
+STATISTICS = {"trajectory": "zero", "row": "released"}
+
+
+def by_group(episodes: Episodes, objective: config.Objective) -> Float[Array, "B R"]:
+    """GRPO's advantage, the same at every token of an episode; 0 for padding.
+
+    statistics='trajectory' counts an episode once, and a lone one gets 0; 'row' counts
+    every row, and a lone one gets its reward, as in the released code.
+    """
+    single = choose(STATISTICS, objective.statistics, "statistics")
+    by_episode = objective.statistics == "trajectory"
+    advantage = policy_gradient.group_advantage(
+        episodes.reward,
+        jnp.where(episodes.trajectory < 0, -1, episodes.group),
+        objective.normalize_std,
+        trajectory=episodes.trajectory if by_episode else None,
+        single=single,
+    )
+    return advantage[:, None] * episodes.mask
+
+
+def none(episodes: Episodes, objective: config.Objective) -> Float[Array, "B R"]:
+    """Rewards do not count."""
+    return jnp.zeros_like(episodes.mask)
+
+
+def by_group_and_state(
+    episodes: Episodes, objective: config.Objective
+) -> Float[Array, "B R"]:
+    """GiGPO: A_E + w A_S, A_S among the turns of a task that answered one screen."""
+    e, o = episodes, objective
+    group = jnp.broadcast_to(e.group[:, None], e.turn.shape)
+    returns = credit.discounted(e.reward, e.mask, e.trajectory, e.turn, o.discount)
+    state = credit.ranks(group, e.anchor)
+    step = credit.step_advantage(returns, e.mask, e.unit, state, o.normalize_std)
+    return by_group(e, o) + o.step_weight * step
+
+
+def evidence(
+    episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
+) -> Float[Array, "B R"]:
+    """RLSD: A times how far the teacher agrees with the token."""
+    gap, mix = episodes.gap, objective.rlsd_mix
+    zero = jnp.zeros_like(gap)
+    shaped = credit.rlsd_advantage(advantage, gap, zero, mix, objective.rlsd_clip)
+    return jnp.where(episodes.skilled[:, None] > 0, shaped, advantage)
+
+
+def surprise(
+    episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
+) -> Float[Array, "B R"]:
+    """GRSD: A times a turn's mean gap against its group's, in groups of both ends."""
+    e, o = episodes, objective
+    group = credit.ranks(jnp.broadcast_to(e.group[:, None], e.turn.shape))
+    multiplier = credit.grsd_multiplier(
+        advantage, e.gap, e.mask, e.unit, group, o.turn_mix, o.turn_clip
+    )
+    solved = e.mean_of_group(e.success)
+    mixed = (solved > 0) & (solved < 1) & (e.skilled[:, None] > 0)
+    return jnp.where(mixed, advantage * multiplier, advantage)
+
+
+def belief(
+    episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
+) -> Float[Array, "B R"]:
+    """AgentOPSD: A [(1 − l) + l w_k], w_k from how a turn moved the belief."""
+    e, o = episodes, objective
+    trajectory = jnp.broadcast_to(e.trajectory[:, None], e.turn.shape)
+    multiplier = credit.belief_multiplier(
+        advantage,
+        e.gap,
+        e.mask,
+        (trajectory, e.turn),
+        e.mean_of_group(e.reward),
+        o.belief_discount,
+        o.turn_clip,
+    )
+    return advantage * (1 - o.turn_mix + o.turn_mix * multiplier)
+
+
+def added_gap(
+    episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
+) -> Float[Array, "B R"]:
+    """OPID: A + w Δ."""
+    return advantage + objective.gap_weight * episodes.gap
+
+
+def early_gap(
+    episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
+) -> Float[Array, "B R"]:
+    """TCOD: Δ on the first 1 + ⌊step / η⌋ turns, nothing else."""
+    if episodes.step is None:
+        raise ValueError("TCOD's window grows with the step, which came as None")
+    window = 1 + episodes.step // objective.window_every
+    return episodes.gap * (episodes.turn < window)
+
+
+def group_success(
+    success: Float[Array, "B"], group: Int[Array, "B"], trajectory: Int[Array, "B"]
+) -> Float[Array, "B"]:
+    """Share of each row's group that was solved, every episode counted once."""
+    real = trajectory >= 0
+    mates = (trajectory[:, None] == trajectory) & real
+    peers = (group[:, None] == group) & real
+    share = peers / jnp.maximum(jnp.sum(mates, axis=-1), 1)  # of its episode
+    (success,) = widen(success)
+    total = jnp.sum(share * success, axis=-1)
+    return stop_gradient(total / jnp.maximum(jnp.sum(share, axis=-1), 1e-9))

@@ -1,0 +1,108 @@
+"""The two panels of a run: the student's, without skills, and the teacher's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from skillsd_jax import config as settings
+from skillsd_jax import evaluate, imitate, rollout
+from skillsd_jax.skills import summarizer
+from skillsd_jax.trajectory import Task
+
+Hint = Callable[[Task], str | None]
+
+
+class Panels:
+    """Held-out tasks, disjoint from training and from each other.
+
+    Args:
+      config: the run's settings.
+      player: who plays.
+      keys: sampling key by purpose.
+    """
+
+    def __init__(
+        self,
+        config: settings.Config,
+        player: rollout.Player,
+        keys: Callable[[str], jax.Array],
+    ):
+        self.setting, self.player, self.keys = config.evaluate, player, keys
+        setting, rows = config.evaluate, config.rollout.rows
+        self._test = rollout.environments(config.environment, setting.split, rows)
+        self._taught = rollout.environments(config.environment, "teacher", rows)
+        self.test = evaluate.make_panel(self._test[0], setting.split, setting.tasks)
+        self.taught = evaluate.make_panel(
+            self._taught[0], "teacher", setting.teacher_tasks
+        )
+
+    def describe(self) -> str:
+        return (
+            f"panels: {self.test.size} tasks {self.test.hash}, teacher "
+            f"{self.taught.size} tasks {self.taught.hash}"
+        )
+
+    def student(
+        self, params: Any, greedy: bool = False, hint: Hint | None = None
+    ) -> evaluate.Result:
+        """The student on the test panel, without skills unless `hint` gives them."""
+        setting = self.setting
+        return evaluate.evaluate(
+            self.player,
+            params,
+            self._test,
+            self.test,
+            self.keys("evaluate"),
+            0.0 if greedy else setting.temperature,
+            1 if greedy else setting.samples,
+            hint,
+        )
+
+    def standing(
+        self, params: Any, hint: Hint | None = None
+    ) -> dict[str, evaluate.Result]:
+        """Sampled and, where asked for, greedy results, and those with skills."""
+        results = {"": self.student(params)}
+        if self.setting.greedy:
+            results["_greedy"] = self.student(params, greedy=True)
+        if hint is not None:
+            results["_with_skills"] = self.student(params, hint=hint)
+        return results
+
+    def teacher(self, params: Any) -> dict[str, dict[str, float]]:
+        """Student and teacher on the teacher's panel.
+
+        Each task's skill is written from one expert episode of it, or from the
+        student's own single episode, shown once and discarded.
+        """
+        expert = {
+            seed: summarizer.render(imitate.expert_skill(self._taught[0], seed))
+            for seed in range(self.taught.size)
+        }
+        plain, episodes = self._play_taught(params, None)
+        own = {
+            t.task.seed: summarizer.render(summarizer.summarize(t, 0, "own"))
+            for t in episodes
+            if t.turns
+        }
+        taught, _ = self._play_taught(params, lambda task: expert[task.seed])
+        self_taught, _ = self._play_taught(params, lambda task: own.get(task.seed))
+        return {
+            "student_on_teacher_panel": plain.record(),
+            "teacher_before": taught.record(),
+            "teacher_before_own_skills": self_taught.record(),
+        }
+
+    def _play_taught(self, params: Any, hint: Hint | None):
+        episodes = rollout.collect(
+            self.player,
+            params,
+            self._taught,
+            np.arange(self.taught.size),
+            self.keys("teacher"),
+            self.setting.temperature,
+            hint,
+        )
+        return evaluate.tally(episodes), episodes
