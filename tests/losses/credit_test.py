@@ -47,3 +47,164 @@ def test_credit_is_detached_and_in_float32():
     assert credit.rlsd_advantage(*args, 0.5, 0.2).dtype == jnp.float32
     gradients = jax.grad(credit.rlsd_advantage, (0, 1, 2))(*args, 0.5, 0.2)
     assert not any(gradients)
+
+
+@pytest.fixture
+def turns():
+    """Seven rows, a turn each, of three episodes and a padded one; ragged tokens."""
+    rng = np.random.default_rng(6)
+    trajectory = np.array([0, 0, 1, 1, 1, 2, -1], np.int32)
+    index = np.array([0, 1, 0, 1, 2, 0, -1], np.int32)
+    mask = (np.arange(5) < rng.integers(1, 6, 7)[:, None]).astype(np.float32)
+    mask[-1] = 0
+    order = np.random.default_rng(1).permutation(7)  # rows are dealt in any order
+    turn = np.where(mask > 0, index[:, None], -1).astype(np.int32)
+    advantage = np.array([1, 1, -1, -1, -1, 0.5, 0], np.float32)[:, None] * mask
+    return {
+        "gap": rng.normal(size=(7, 5)).astype(np.float32)[order],
+        "mask": mask[order],
+        "turn": turn[order],
+        "index": index[order],
+        "trajectory": trajectory[order],
+        "spread": np.repeat(trajectory[order][:, None], 5, 1),
+        "advantage": advantage[order],
+    }
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.9])
+def test_a_belief_moves_as_the_plain_loop_says(turns, discount):
+    value = credit.belief_multiplier(
+        turns["advantage"],
+        turns["gap"],
+        turns["mask"],
+        (turns["spread"], turns["turn"]),
+        np.full((7, 5), 0.4),
+        discount,
+        0.2,
+    )
+    for episode in range(3):
+        rows = np.flatnonzero(turns["trajectory"] == episode)
+        rows = rows[np.argsort(turns["index"][rows])]
+        c, believed = 0.0, [0.4]
+        for b in rows:
+            c = discount * c + np.sum(turns["gap"][b] * turns["mask"][b])
+            believed.append(1 / (1 + np.exp(-(np.log(0.4 / 0.6) + c))))
+        step = np.diff(believed)
+        z = (step - step.mean()) / (step.std() + 1e-6)
+        for b, score in zip(rows, z):
+            own = turns["mask"][b] > 0
+            wanted = np.clip(1 + 0.2 * np.sign(turns["advantage"][b]) * score, 0.8, 1.2)
+            np.testing.assert_allclose(value[b][own], wanted[own], atol=1e-5)
+
+
+def test_a_certain_prior_is_held_off_its_ends():
+    # B_0 = 1 is taken as 1 − 1e-4: a gap of −9.2103404 = −logit moves it to about ½.
+    gap = np.array([[-9.2102404], [0.0]])
+    order = np.zeros((2, 1), int), np.array([[0], [1]])
+    ones = np.ones((2, 1))
+    value = credit.belief_multiplier(ones, gap, ones, order, ones, 1.0, 5.0)
+    # ΔB = −½ and 0: standardised −1 and 1, times b = 5.
+    np.testing.assert_allclose(value, [[-4.0], [6.0]], rtol=1e-3)
+
+
+def test_a_turn_is_weighed_by_its_surprise_within_the_group():
+    # Turn means 0.1 (two tokens) and −0.2; the mean of |e| counts each turn once.
+    gap = np.array([[0.3, -0.1], [-0.2, 9.0]])
+    mask = np.array([[1.0, 1], [1, 0]])
+    turn = np.array([[0, 0], [1, 2]])
+    group = np.zeros((2, 2), int)
+    e = np.expm1([0.1, -0.2])
+    scale = np.abs(e).mean() + 1e-6
+    for clip in (0.2, 3.0):
+        value = credit.grsd_multiplier(mask, gap, mask, turn, group, 0.5, clip)
+        wanted = 1 + 0.5 * np.clip(e / scale, -clip, clip)
+        np.testing.assert_allclose(value[:, 0], wanted, rtol=1e-5)
+    down = credit.grsd_multiplier(-mask, gap, mask, turn, group, 0.5, 3.0)
+    e = np.expm1([-0.1, 0.2])
+    np.testing.assert_allclose(
+        down[:, 0], 1 + 0.5 * e / (np.abs(e).mean() + 1e-6), rtol=1e-5
+    )
+
+
+def test_the_multiplier_has_a_floor():
+    gap = np.array([[-3.0], [0.0], [0.0]])
+    turn = np.arange(3)[:, None]
+    ones = np.ones((3, 1))
+    value = credit.grsd_multiplier(ones, gap, ones, turn, 0 * turn, 0.5, 3.0)
+    np.testing.assert_allclose(value[:, 0], [0.1, 1, 1], rtol=1e-5)
+
+
+def test_steps_are_compared_from_one_screen():
+    # Screen 0 was met by turns of return 1, 1 and 0 (one of them two tokens long).
+    returns = np.array([[1.0, 1.0], [1.0, 7.0], [0.0, 3.0]])
+    mask = np.array([[1.0, 1], [1, 0], [1, 1]])
+    turn = np.array([[0, 0], [1, 9], [2, 3]])
+    state = np.array([[0, 0], [0, 0], [0, 5]])
+    bare = credit.step_advantage(returns, mask, turn, state, False)
+    third = 1 / 3
+    wanted = [[third, third], [third, 0], [-2 * third, 0]]
+    np.testing.assert_allclose(bare, wanted, atol=1e-6)
+    # Unbiased std of 1, 1, 0: √⅓.
+    divided = credit.step_advantage(returns, mask, turn, state, True)
+    np.testing.assert_allclose(divided, np.array(wanted) / third**0.5, atol=1e-5)
+
+
+def test_equal_returns_from_one_screen_are_exactly_zero():
+    returns = np.full((7, 1), 0.1, np.float32)
+    turn = np.arange(7)[:, None]
+    value = credit.step_advantage(returns, np.ones((7, 1)), turn, 0 * turn, True)
+    assert not value.any()
+
+
+def test_returns_are_discounted_from_the_last_turn(turns):
+    reward = np.where(turns["trajectory"] == 1, 2.0, 0.0)
+    value = credit.discounted(
+        reward, turns["mask"], turns["trajectory"], turns["turn"], 0.5
+    )
+    for b in range(7):
+        wanted = 2 * 0.5 ** (2 - turns["index"][b]) if reward[b] else 0
+        np.testing.assert_allclose(value[b], wanted * turns["mask"][b])
+
+
+def test_ids_are_dense_and_equal_where_all_keys_are():
+    a, b = np.array([[3, 3, -1], [3, 7, -1]]), np.array([[1, 2, 0], [1, 1, 0]])
+    ids = np.asarray(credit.ranks(a, b))
+    assert ids[0, 0] == ids[1, 0] and ids[0, 2] == ids[1, 2]
+    assert sorted(set(ids.ravel().tolist())) == [0, 1, 2, 3]
+
+
+def test_nothing_outside_the_mask_reaches_a_credit(turns):
+    def everything(gap, reward):
+        return (
+            credit.belief_multiplier(
+                turns["advantage"],
+                gap,
+                turns["mask"],
+                (turns["spread"], turns["turn"]),
+                np.full((7, 5), 0.4),
+                0.9,
+                0.2,
+            ),
+            credit.grsd_multiplier(
+                turns["advantage"],
+                gap,
+                turns["mask"],
+                credit.ranks(turns["spread"], turns["turn"]),
+                0 * turns["spread"],
+                0.5,
+                3.0,
+            ),
+            credit.step_advantage(
+                reward,
+                turns["mask"],
+                credit.ranks(turns["spread"], turns["turn"]),
+                0 * turns["turn"],
+                True,
+            ),
+        )
+
+    clean = everything(turns["gap"], turns["gap"])
+    spoilt = np.where(turns["mask"] > 0, turns["gap"], np.nan)
+    for a, b in zip(clean, everything(spoilt, spoilt)):
+        own = turns["mask"] > 0
+        np.testing.assert_array_equal(np.asarray(a)[own], np.asarray(b)[own])

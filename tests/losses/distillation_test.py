@@ -9,6 +9,7 @@ from skillsd_jax.losses import distillation, gates, masking
 
 LOSSES = {
     "k1": lambda s, t, o: distillation.k1(s, t),
+    "k1_reward": distillation.k1_reward,
     "k2": lambda s, t, o: distillation.k2(s, t),
     "k3": lambda s, t, o: distillation.k3(s, t),
     "weighted_reverse_kl": distillation.weighted_reverse_kl,
@@ -20,6 +21,10 @@ def test_values_as_derived_by_hand():
     # ℓ = −1 + 1.5 = ½; e^−½ − 1 + ½ = 0.1065307; ρ = e^{−1 + 2} = e.
     student, teacher, old = -1.0, -1.5, -2.0
     np.testing.assert_allclose(distillation.k1(student, teacher), 0.5)
+    np.testing.assert_allclose(distillation.k1_reward(student, teacher), -0.5)
+    np.testing.assert_allclose(
+        distillation.k1_reward(student, teacher, old), np.e / 2, rtol=1e-6
+    )
     np.testing.assert_allclose(distillation.k2(student, teacher), 0.125)
     np.testing.assert_allclose(distillation.k3(student, teacher), 0.1065307, rtol=1e-6)
     np.testing.assert_allclose(
@@ -33,6 +38,19 @@ def test_k1_has_no_expected_gradient(words):
         lambda s: distillation.k1(s, words.teacher), words.student
     )
     np.testing.assert_allclose(gradient, 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_k1_as_a_reward_follows_the_reverse_kl(words, on_policy):
+    old = words.student if on_policy else words.old
+    gradient = words.expected_gradient(
+        lambda s: distillation.k1_reward(s, words.teacher, old), old
+    )
+    np.testing.assert_allclose(gradient, words.reverse_kl_gradient(), atol=1e-12)
+    bare = words.expected_gradient(
+        lambda s: distillation.k1_reward(s, words.teacher), words.student
+    )
+    np.testing.assert_allclose(bare, words.reverse_kl_gradient(), atol=1e-12)
 
 
 def test_k2_follows_the_reverse_kl(words):
