@@ -90,16 +90,15 @@ class Sources:
 Shown = list[skill_bank.Skill | None]
 
 
-def retrieve(experience: Experience, sources: Sources) -> Shown:
+def retrieve(
+    experience: Experience,
+    bank: skill_bank.Bank,
+    config: settings.Skills,
+    rng: np.random.Generator,
+) -> Shown:
     """A skill for each episode's teacher; None where the bank has nothing to show."""
     return [
-        retrieval.retrieve(
-            sources.bank,
-            t.task,
-            experience.source(i),
-            sources.rng,
-            sources.config,
-        )
+        retrieval.retrieve(bank, t.task, experience.source(i), rng, config)
         for i, t in enumerate(experience.trajectories)
     ]
 
@@ -135,7 +134,7 @@ def nothing(experience: Experience, sources: Sources) -> Shown:
 
 # What `Recipe.shown` names.
 SHOWN = {
-    "skill": retrieve,
+    "skill": lambda played, s: retrieve(played, s.bank, s.config, s.rng),
     "sibling": siblings,
     "expert": experts,
     "plain": nothing,

@@ -3,8 +3,7 @@
   python -m skillsd_jax.main                                     what there is
   python -m skillsd_jax.main --config=configs/household.py       trains
   … --config=FILE.py:PRESET --config.objective.name=grpo --workdir=FOLDER
-
-  … --config.objective.name=help                                 the methods
+  … --config=FILE.py --config.objective.name=help                the methods
 
 Every setting of skillsd_jax/config.py is a flag: --config.SECTION.KEY=VALUE. The same
 command on the same workdir resumes.
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> None:
     if CONFIG.value is None:
         return print(presets.listing())
     if CONFIG.value.objective.name == "help":
-        from skillsd_jax.losses import objective  # jax takes seconds: not above
+        from skillsd_jax.losses import objective
 
         return print(objective.listing())
     logging.set_verbosity(logging.WARNING)  # orbax tells of every step of every save

@@ -91,8 +91,60 @@ def shown(played, **options):
     config = settings.Skills(**options)
     bank = skill_bank.Bank(config.capacity)
     bank.absorb(experience.summarize(played, bank, config.per_group))
+    return bank, experience.SHOWN["skill"](played, sources(bank, config))
+
+
+def sources(bank=None, config=None, expert=None):
+    return experience.Sources(
+        bank=bank or skill_bank.Bank(4),
+        config=config or settings.Skills(),
+        rng=np.random.default_rng(0),
+        expert=expert,
+    )
+
+
+def test_a_sibling_is_a_solved_episode_of_the_group_and_not_the_row_itself(played):
+    found = experience.siblings(played, sources())
+    assert [skill and skill.source for skill in found[:2]] == ["5/1", "5/0"]
+    assert found[2].source in ("5/0", "5/1")
+    assert found[3] is None  # nobody solved its task
+
+
+def test_an_expert_shows_the_same_skill_to_a_whole_group(played):
+    asked = experience.experts(played, sources(expert=lambda seed: f"skill {seed}"))
+    assert asked == ["skill 3", "skill 3", "skill 3", "skill 4"]
+
+
+def test_another_model_reads_the_plain_view(played, prompter):
+    made = experience.views(
+        played,
+        experience.nothing(played, sources()),
+        prompter,
+        settings.Objective(),
+        plain_teacher=True,
+    )
+    assert made.rows and all(row.teacher == row.student for row in made.rows)
+
+
+def test_a_task_has_one_hint_for_its_whole_group(played, prompter):
+    bank = skill_bank.Bank(4)
+    bank.absorb(experience.summarize(played, bank, 2))
     rng = np.random.default_rng(0)
-    return bank, experience.retrieve(played, bank, config, rng)
+    hints = experience.Hints(bank, settings.Skills(retrieval="random"), rng, prompter)
+    task, other = played.trajectories[0].task, played.trajectories[3].task
+    said = {hints.text(task) for _ in range(9)}
+    assert len(said) == 1 and said != {None}
+    other = dataclasses.replace(other, family="unheard of")
+    assert hints.text(other) is None and hints.shown[other.key] is None
+
+
+def test_a_hint_that_does_not_fit_is_not_shown(played):
+    bank = skill_bank.Bank(4)
+    bank.absorb(experience.summarize(played, bank, 2))
+    tight = Prompter(Words(), settings.Prompt(max_skill_length=3))
+    hints = experience.Hints(bank, settings.Skills(), np.random.default_rng(0), tight)
+    task = played.trajectories[0].task
+    assert hints.text(task) is None and hints.shown[task.key] is None
 
 
 def test_the_best_episodes_of_a_group_are_summarised(played):

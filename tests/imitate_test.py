@@ -171,7 +171,7 @@ def test_cloning_repeats_to_the_bit(cloned):
 def test_the_workflow_of_an_expert_skill_solves_its_task(name):
     environment = ENVIRONMENTS[name]("teacher")
     for seed in range(PLAYED):
-        text = imitate.expert_skill(environment, seed)
+        text = summarizer.render(imitate.expert_skill(environment, seed))
         (listed,) = re.findall("^golden_workflow: (.*)$", text, re.MULTILINE)
         environment.reset(seed)
         for entry in listed.split("; "):

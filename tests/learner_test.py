@@ -143,6 +143,54 @@ def test_a_periodic_teacher_follows_and_a_frozen_one_stays(params, kind, same):
     assert moved > 0
 
 
+def test_an_ema_teacher_takes_in_a_share_of_the_student(params):
+    config = configured()
+    config.teacher.kind, config.teacher.rate = "ema", 0.25
+    state, _ = updated(config, params, batch())
+    mixed = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, params, state.params)
+    assert_same(state.teacher, mixed, 1e-6)
+
+
+def test_an_external_teacher_may_be_of_another_shape_and_stays(params):
+    wide = dataclasses.replace(MODEL, width=24, layers=2)
+    weights = qwen.init(wide, jax.random.key(3))
+    config = configured()
+    config.objective.name = "opd"
+    made = learner.Learner(MODEL, config, updates=10, external=wide)
+    with pytest.raises(ValueError, match="external teacher needs weights"):
+        made.init(params)
+    state = made.init(jax.tree.map(jnp.copy, params), weights)
+    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    state, sums = made.update(state, arranged)
+    assert_same(state.teacher, weights, 0)
+    assert abs(learner.means(sums)["gap"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["rlsd", "grsd", "agent_opsd", "gigpo", "sdpo"])
+def test_whole_batch_figures_do_not_see_micro_batches(params, name):
+    one, many = configured(micro_rows=16), configured(micro_rows=2)
+    for config in (one, many):
+        config.objective.name = name
+    whole, figures = updated(one, params, batch())
+    parts, figures_of_parts = updated(many, params, batch())
+    for key, value in figures.items():
+        assert figures_of_parts[key] == pytest.approx(value, abs=1e-5, rel=1e-4), key
+    assert_same(whole.optimizer, parts.optimizer, 1e-6)
+
+
+def test_a_retired_teacher_teaches_no_more(params):
+    config = configured(learning_rate=1e-12)  # the gap cannot shrink
+    config.objective.schedules = "sdl_lambda=plateau:2"
+    made = learner.Learner(MODEL, config, updates=10)
+    state = made.init(jax.tree.map(jnp.copy, params))
+    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    seen = []
+    for _ in range(5):
+        state, sums = made.update(state, arranged)
+        seen.append(learner.means(sums)["coefficient_sdl_lambda"])
+    np.testing.assert_allclose(seen, [0.3, 0.3, 0.3, 0, 0], atol=1e-7)
+
+
 def test_a_live_teacher_is_the_student_itself(params):
     config = configured(learning_rate=1e-3)
     config.teacher.kind = "live"

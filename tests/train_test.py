@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from skillsd_jax import config as settings
-from skillsd_jax import metrics, train, validation
+from skillsd_jax import metrics, practice, train, validation
+from skillsd_jax.losses.objective import OBJECTIVES
 
 
 def toy(tmp: Path, **objective) -> settings.Config:
@@ -132,17 +133,19 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(finished):
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, section, key):
     config = toy(tmp_path)
     setattr(getattr(config, section), key, "nonsense")
-    with pytest.raises(validation.Refused, match="nonsense.*known: .*(household|grpo)"):
+    with pytest.raises(
+        validation.Refused, match="(?s)nonsense.*(known|one of).*(household|grpo)"
+    ):
         train.run(config, str(tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 
 
 def test_tasks_are_drawn_in_epochs_without_state():
-    first = [t for i in range(4) for t in train.drawn_tasks(0, i, 2, 8)]
+    first = [t for i in range(4) for t in practice.drawn_tasks(0, i, 2, 8)]
     assert sorted(first) == list(range(8))
-    second = [t for i in range(4, 8) for t in train.drawn_tasks(0, i, 2, 8)]
+    second = [t for i in range(4, 8) for t in practice.drawn_tasks(0, i, 2, 8)]
     assert sorted(second) == list(range(8)) and first != second
-    assert train.drawn_tasks(1, 0, 8, 8) != train.drawn_tasks(0, 0, 8, 8)
+    assert practice.drawn_tasks(1, 0, 8, 8) != practice.drawn_tasks(0, 0, 8, 8)
 
 
 def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):
@@ -155,3 +158,64 @@ def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):
     # The weights have not moved when the first minibatch is scored.
     assert row["ratio"] == pytest.approx(1.0, abs=0.05)
     assert summary["after"]["n"] == 4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"schedules": "sdl_lambda=linear"}, "wants a number of iterations"),
+        ({"schedules": "lambda=linear:3"}, "no coefficient 'lambda'; choose sdl_"),
+        ({"name": "opd", "estimator": "k9"}, "estimator='k9' is unknown; choose k1"),
+    ],
+)
+def test_a_method_that_cannot_work_is_refused(tmp_path, changes, message):
+    with pytest.raises(validation.Refused, match=message):
+        train.run(toy(tmp_path, **changes), str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+
+
+def test_skill_grpo_is_measured_with_and_without_skills(finished):
+    tmp, _ = finished
+    summary = train.run(toy(tmp, name="skill_grpo"), str(tmp / "skill_grpo"))
+    assert {"after", "after_with_skills"} <= summary.keys()
+    rows = metrics.read(tmp / "skill_grpo" / "metrics.jsonl")
+    assert rows[0]["skills"]["used"] == 0  # the bank starts empty
+    assert rows[-1]["skills"]["used"] > 0
+    assert [row["compilations"] for row in rows[2:]] == [0, 0]
+    assert rows[-1]["ratio"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_an_external_teacher_is_a_warm_start_of_another_seed_and_named(finished):
+    tmp, _ = finished
+    summary = train.run(toy(tmp, name="opd"), str(tmp / "opd"))
+    assert summary["teacher"]["kind"] == "external"
+    assert summary["teacher"]["warm start of seed"] == 1
+    rows = metrics.read(tmp / "opd" / "metrics.jsonl")
+    assert all(row["skills"]["used"] == 1 for row in rows)  # every row is taught
+    assert abs(rows[0]["gap"]) > 1e-4
+
+
+def test_an_external_teacher_of_real_weights_needs_a_folder(tmp_path, monkeypatch):
+    config = toy(tmp_path, name="opd")
+    (tmp_path / "config.json").write_text("{}")
+    config.model.path = str(tmp_path)
+    with pytest.raises(validation.Refused, match="--config.teacher.path=FOLDER"):
+        train.run(config, str(tmp_path / "work"))
+
+
+def test_sad_learns_from_the_expert(finished):
+    tmp, _ = finished
+    train.run(toy(tmp, name="sad"), str(tmp / "sad"))
+    rows = metrics.read(tmp / "sad" / "metrics.jsonl")
+    assert all(row["success"] == 1 for row in rows)
+    assert rows[0]["loss_distillation"] > 0 and "ratio" not in rows[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_method_runs(finished, name):
+    tmp, _ = finished
+    train.run(toy(tmp, name=name), str(tmp / f"all-{name}"))
+    rows = metrics.read(tmp / f"all-{name}" / "metrics.jsonl")
+    assert len(rows) == 4 and all(np.isfinite(row["loss"]) for row in rows)
+    assert [row["compilations"] for row in rows[2:]] == [0, 0]

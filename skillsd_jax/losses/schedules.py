@@ -121,7 +121,7 @@ class Plateau:
     def start(cls) -> "Plateau":
         zero = jnp.zeros((), jnp.int32)
         # Arrays of their own: a state that is donated must not hold one buffer twice.
-        return cls(jnp.full((), jnp.inf), zero, jnp.zeros((), jnp.int32))
+        return cls(jnp.full((), jnp.inf, jnp.float32), zero, jnp.zeros((), jnp.int32))
 
     def follow(self, gap: Float[Array, ""], tolerance: float) -> "Plateau":
         """After an iteration whose gap was `gap` (its root mean square, nats).

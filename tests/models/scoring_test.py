@@ -1,8 +1,11 @@
 """Scores against the whole logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.tokens import TokenView
@@ -71,3 +74,52 @@ def test_no_array_holds_logits_of_every_position():
     )(PARAMS)
     assert f"[3,4,{CONFIG.vocab}]" in str(program)
     assert f"[3,12,{CONFIG.vocab}]" not in str(program)
+
+
+def kl(student, teacher):
+    s, t = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
+    return jnp.sum(jnp.exp(t) * (t - s), -1)
+
+
+def diverging(params, chunk, view, mask):
+    teacher = dataclasses.replace(CONFIG, layers=1, width=8)
+    weights = qwen.init(teacher, jax.random.key(1))
+    voices = (
+        scoring.read(CONFIG, params, view),
+        scoring.read(teacher, weights, view),
+    )
+    return scoring.divergence(kl, *voices, 0.7, mask, chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 64])
+def test_a_divergence_in_chunks_is_that_of_the_whole_logits(chunk):
+    view, mask = make_view()
+    teacher = dataclasses.replace(CONFIG, layers=1, width=8)
+    weights = qwen.init(teacher, jax.random.key(1))
+
+    def whole(params):
+        states = (
+            scoring.read(CONFIG, params, view),
+            scoring.read(teacher, weights, view),
+        )
+        values = kl(*(v.logits(v.states) / 0.7 for v in states))
+        return jnp.where(mask > 0, values, 0)
+
+    wanted, slope = jax.value_and_grad(lambda p: whole(p).sum())(PARAMS)
+    value, gradient = jax.value_and_grad(
+        lambda p: diverging(p, chunk, view, mask).sum()
+    )(PARAMS)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert not np.asarray(diverging(PARAMS, chunk, view, mask))[mask == 0].any()
+
+
+def test_a_divergence_never_holds_the_logits_of_the_batch():
+    view, mask = make_view()
+    program = jax.make_jaxpr(jax.grad(lambda p: diverging(p, 4, view, mask).sum()))(
+        PARAMS
+    )
+    assert f"[4,{CONFIG.vocab}]" in str(program)
+    assert f"[12,{CONFIG.vocab}]" not in str(program)
+    assert f"[3,4,{CONFIG.vocab}]" not in str(program)

@@ -1,6 +1,10 @@
 """Methods: which equations a name stands for. docs/your_method.md adds one."""
 
-from skillsd_jax.losses.objective.advantage import Episodes, group_success
+from skillsd_jax.losses.objective.advantage import (
+    Episodes,
+    group_advantage,
+    group_success,
+)
 from skillsd_jax.losses.objective.methods import OBJECTIVES, listing, recipe
 from skillsd_jax.losses.objective.recipe import Recipe
 from skillsd_jax.losses.signals import PER_TOKEN, Output, Signals
@@ -12,6 +16,7 @@ __all__ = [
     "Output",
     "Recipe",
     "Signals",
+    "group_advantage",
     "group_success",
     "listing",
     "recipe",

@@ -79,22 +79,39 @@ Credit = Callable[
 STATISTICS = {"trajectory": "zero", "row": "released"}
 
 
-def by_group(episodes: Episodes, objective: config.Objective) -> Float[Array, "B R"]:
-    """GRPO's advantage, the same at every token of an episode; 0 for padding.
+def group_advantage(
+    reward: Float[Array, "B"],
+    group: Int[Array, "B"],
+    trajectory: Int[Array, "B"],
+    objective: config.Objective,
+) -> Float[Array, "B"]:
+    """Advantages of a whole batch under the settings; 0 for padding.
 
     statistics='trajectory' counts an episode once, and a lone one gets 0; 'row' counts
     every row, and a lone one gets its reward, as in the released code.
+
+    Args:
+      reward: return of each row's episode, penalties taken off.
+      group: index of the task.
+      trajectory: index of the episode, −1 padding.
+      objective: normalize_std, statistics.
     """
     single = choose(STATISTICS, objective.statistics, "statistics")
     by_episode = objective.statistics == "trajectory"
-    advantage = policy_gradient.group_advantage(
-        episodes.reward,
-        jnp.where(episodes.trajectory < 0, -1, episodes.group),
+    return policy_gradient.group_advantage(
+        reward,
+        jnp.where(trajectory < 0, -1, group),
         objective.normalize_std,
-        trajectory=episodes.trajectory if by_episode else None,
+        trajectory=trajectory if by_episode else None,
         single=single,
     )
-    return advantage[:, None] * episodes.mask
+
+
+def by_group(episodes: Episodes, objective: config.Objective) -> Float[Array, "B R"]:
+    """GRPO's advantage, the same at every token of an episode."""
+    e = episodes
+    advantage = group_advantage(e.reward, e.group, e.trajectory, objective)
+    return advantage[:, None] * e.mask
 
 
 def none(episodes: Episodes, objective: config.Objective) -> Float[Array, "B R"]:
