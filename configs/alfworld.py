@@ -36,7 +36,9 @@ PRESETS = {
 def get_config(preset: str = "") -> Config:
     presets.known(preset, PRESETS)
     if preset.startswith("qwen"):
-        return _published()
+        config = _published()
+        config.prompt.thinking = not preset.startswith("qwen3")  # published: off
+        return config
     config = _embedded()
     return presets.smoke(config) if preset == "smoke" else config
 
@@ -97,6 +99,7 @@ def _published() -> Config:
     objective.clip_low = objective.clip_high = 0.2  # published
     objective.kl_coefficient = 0.01  # published
     objective.kl_kind = "k3_clamped"  # published, as low_var_kl
+    objective.entropy_coefficient = 0.001  # the released scripts keep it silently
     objective.statistics = "row"  # published: advantages over step rows
     objective.invalid_action_penalty = 0.01  # published 0.1 of a reward of 10; ours 1
 

@@ -67,6 +67,7 @@ def _published() -> Config:
     prompt.context = "windowed"  # SDAR: a prompt per turn
     prompt.history = 2  # SDAR
     prompt.style = "agent"  # a pretrained model must be told how to answer
+    prompt.thinking = False  # SDAR: off for Qwen3
     prompt.max_prompt_length = 2048  # SDAR
     prompt.max_response_length = 512  # SDAR
     prompt.max_skill_length = 1024  # ours: the paper names none
@@ -81,6 +82,7 @@ def _published() -> Config:
     objective.clip_low = objective.clip_high = 0.2  # SDAR
     objective.kl_coefficient = 0.01  # SDAR
     objective.kl_kind = "k3_clamped"  # SDAR, its low_var_kl
+    objective.entropy_coefficient = 0.001  # SDAR: the scripts keep it silently
     objective.statistics = "row"  # SDAR: advantages over step rows
     objective.invalid_action_penalty = 0.01  # SDAR: 0.1 of a reward of 10; ours is 1
 

@@ -76,6 +76,7 @@ class Prompt:
     system: str = ""  # system message; "": none
     style: str = "plain"  # 'plain' (instruction, observation) or 'agent' (told how)
     admissible: bool = False  # list the admissible commands
+    thinking: bool = True  # False: replies begin with an empty thought, as Qwen3's do
     max_prompt_length: int = 48  # student's context without the last reply
     max_response_length: int = 8  # one reply, stop token included
     max_skill_length: int = 28  # extra room of the teacher's view

@@ -15,6 +15,8 @@ from skillsd_jax import config as settings
 from skillsd_jax.trajectory import Role, Segment, Task, Turn
 
 CONTEXTS = ("windowed", "whole")
+# What Qwen3's chat template puts before a reply with enable_thinking=False.
+NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 class Encoder(Protocol):
@@ -313,7 +315,10 @@ class Prompter:
 
     def _ask(self) -> list[int]:
         """Ends the user's turn and begins the reply."""
-        return [*self.encoder.close_turn(), *self.encoder.open_turn("assistant")]
+        begun = [*self.encoder.close_turn(), *self.encoder.open_turn("assistant")]
+        if self.config.thinking:
+            return begun
+        return [*begun, *self.encoder.encode(NO_THOUGHT)]
 
     def _between(self, body: Sequence[int], stopped: bool) -> Segment:
         encoder = self.encoder

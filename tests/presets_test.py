@@ -62,6 +62,9 @@ def test_published_settings_are_the_published_ones():
     assert sokoban.evaluate.tasks == 64
     assert sokoban.environment.sokoban.boxes == 2
     assert sokoban.environment.sokoban.max_steps == 40
+    assert not build("alfworld", "qwen3-1.7b").prompt.thinking
+    assert not sokoban.prompt.thinking
+    assert build("alfworld", "qwen2.5-3b").prompt.thinking
     for settings in (alfworld, sokoban):
         assert settings.optimizer.learning_rate == 1e-6
         assert settings.objective.sdl_lambda == 1e-3

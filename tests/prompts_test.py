@@ -107,6 +107,17 @@ def test_agent_style_says_how_to_answer():
         assert phrase in shown
 
 
+def test_with_thinking_off_every_reply_begins_after_an_empty_thought():
+    maker = prompter(context="whole", thinking=False)
+    segments = list(maker.opening(TASK, TimeStep("one"))[0])
+    segments.append(maker.reply([*maker.encoder.encode("look"), STOP], np.zeros(5)))
+    segments.append(maker.following(TimeStep("two")))
+    begun = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    shown = text(maker, segments)
+    assert shown.count(begun) == 2 and shown.endswith(begun)
+    assert f"{begun}look<|im_end|>" in shown
+
+
 def test_following_turns_make_one_chat():
     maker = prompter(context="whole")
     segments = list(maker.opening(TASK, TimeStep("one"))[0])
