@@ -82,14 +82,13 @@ def make_teacher(
         words = student.player.encoder
         _, model, params, record = _embedded(other, say, words, config.seed)
         return model, params, record | {"warm start of seed": other.seed}
+    if not tokenizer.load(config.teacher.path).means(student.player.encoder):
+        raise Refused(
+            f"teacher.path={config.teacher.path!r} has another tokenizer than the "
+            "student; token ids must mean the same: take a teacher of its family"
+        )
     model, params = huggingface.load(config.teacher.path)
     model = dataclasses.replace(model, dtype=config.model.dtype)
-    if model.vocab != student.player.model.vocab:
-        raise Refused(
-            f"teacher.path={config.teacher.path!r} has a vocabulary of {model.vocab} "
-            f"and the student one of {student.player.model.vocab}; token ids must mean "
-            "the same: take a teacher of the student's family"
-        )
     return model, params, {"path": config.teacher.path}
 
 

@@ -138,7 +138,7 @@ class Objective:
 
 @dataclasses.dataclass
 class Teacher:
-    kind: str = "frozen"  # live, periodic, ema, frozen, external
+    kind: str = ""  # live, periodic, ema, frozen, external; "": the method's, or frozen
     every: int = 10  # iterations between copies of a periodic teacher
     rate: float = 0.05  # share of the student an ema teacher takes in per iteration
     path: str = ""  # external: Hugging Face folder; "": a warm start of another seed

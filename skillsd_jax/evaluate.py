@@ -96,7 +96,7 @@ def evaluate(
       key: of all sampling; the same key gives the same figures.
       temperature: 0 is greedy.
       samples: episodes per task.
-      hint: skill text by task; only the teacher's figures use it.
+      hint: skill text by task; only figures that say so use it.
     """
     seeds = np.repeat(np.arange(panel.size), samples)
     return tally(

@@ -78,13 +78,13 @@ class Sources:
       bank: skills of finished episodes.
       config: how they are retrieved.
       rng: of every random choice.
-      expert: training task → skill of an expert's episode.
+      expert: training task → skill of an expert's episode, None if it has none.
     """
 
     bank: skill_bank.Bank
     config: settings.Skills
     rng: np.random.Generator
-    expert: Callable[[int], skill_bank.Skill]
+    expert: Callable[[int], skill_bank.Skill | None]
 
 
 Shown = list[skill_bank.Skill | None]
@@ -124,7 +124,10 @@ def siblings(experience: Experience, sources: Sources) -> Shown:
 
 def experts(experience: Experience, sources: Sources) -> Shown:
     """The skill of an expert's episode of the task, for ever the same."""
-    return [sources.expert(t.task.seed) for t in experience.trajectories]
+    shown: Shown = [None] * len(experience.trajectories)
+    for i in experience.usable:
+        shown[i] = sources.expert(experience.trajectories[i].task.seed)
+    return shown
 
 
 def nothing(experience: Experience, sources: Sources) -> Shown:
@@ -150,7 +153,13 @@ class Hints:
       prompter: a skill that it cannot show whole is not shown.
     """
 
-    def __init__(self, bank, config: settings.Skills, rng, prompter: prompts.Prompter):
+    def __init__(
+        self,
+        bank: skill_bank.Bank,
+        config: settings.Skills,
+        rng: np.random.Generator,
+        prompter: prompts.Prompter,
+    ):
         self._bank, self._config, self._rng = bank, config, rng
         self._prompter = prompter
         self.shown: dict[str, skill_bank.Skill | None] = {}
@@ -229,6 +238,8 @@ def _rows(
     invalid = np.array([not turn.valid for turn in trajectory.turns])
     by_row = objective.statistics == "row"
     anchors = [zlib.crc32(t.observation.encode()) >> 1 for t in trajectory.turns]
+    rewards = [turn.reward for turn in trajectory.turns]
+    returns = discounted(rewards, objective.discount)
     rows, turn = [], 0
     for context, view in zip(trajectory.contexts, skilled):
         replies = [segment for segment in context if segment.scored]
@@ -241,6 +252,7 @@ def _rows(
             turns=turns,
             labels=[prompter.labels(reply.tokens) for reply in replies],
             anchors=[anchors[t] for t in turns],
+            returns=[returns[t] for t in turns],
             reward=trajectory.reward
             - objective.invalid_action_penalty * float(wrong.sum()),
             group=experience.groups[index],
@@ -249,6 +261,15 @@ def _rows(
         )
         rows.append(row)
     return rows
+
+
+def discounted(rewards: Sequence[float], discount: float) -> list[float]:
+    """G_t = r_t + γ G_{t+1}: the return from each turn on."""
+    returns, ahead = [], 0.0
+    for reward in reversed(rewards):
+        ahead = reward + discount * ahead
+        returns.append(ahead)
+    return returns[::-1]
 
 
 def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:

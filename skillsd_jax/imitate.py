@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from skillsd_jax import config as settings
-from skillsd_jax import episode, prompts
+from skillsd_jax import episode, prompts, rollout
 from skillsd_jax.environments import base
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.skills import summarizer
@@ -51,6 +51,30 @@ def expert_skill(environment: base.Environment, seed: int) -> Skill:
     plan = environment.expert_workflow()
     won = play(environment, seed, np.random.default_rng(0), plan)
     return summarizer.summarize(won, 0, "expert")
+
+
+class Expert:
+    """Skills of expert's episodes of training tasks, made when they are asked for."""
+
+    def __init__(self, config: settings.Environment):
+        self._config = config
+        self._environment: base.Environment | None = None
+        self._made: dict[int, Skill | None] = {}
+
+    def skill(self, seed: int) -> Skill | None:
+        """None where the expert's episode breaks or fails."""
+        if seed not in self._made:
+            self._made[seed] = self._play(seed)
+        return self._made[seed]
+
+    def _play(self, seed: int) -> Skill | None:
+        if self._environment is None:
+            (self._environment,) = rollout.environments(self._config, "train")
+        try:
+            skill = expert_skill(self._environment, seed)
+        except episode.ENVIRONMENT_FAULTS:
+            return None
+        return skill if skill.reward == 1 else None
 
 
 def demonstrations(
@@ -105,6 +129,7 @@ def cloned_rows(
             turns=range(turn, turn + len(replies)),
             labels=[prompter.labels(reply.tokens) for reply in replies],
             anchors=[0] * len(replies),
+            returns=[0.0] * len(replies),
             reward=0.0,
             group=0,
             trajectory=0,

@@ -57,6 +57,11 @@ class Whole:
     teacher: Float[Array, "*rows R"] | None
 
 
+def teacher_kind(recipe: objective.Recipe, config: settings.Teacher) -> str:
+    """What the method means, else what is set, else frozen; 'none' without a teacher."""
+    return (recipe.teacher or config.kind or "frozen") if recipe.shown else "none"
+
+
 def schedule(config: settings.Optimizer, steps: int) -> optax.Schedule:
     """Learning rate by optimiser step."""
     if config.schedule == "cosine":
@@ -131,7 +136,7 @@ class Learner:
     ):
         self.model, self.config = model, config
         self.recipe = objective.recipe(config.objective.name)
-        self.teacher_kind = self.recipe.teacher or config.teacher.kind
+        self.teacher_kind = teacher_kind(self.recipe, config.teacher)
         self.teacher_model = model if external is None else external
         self.optimizer = optimizer(config.optimizer, updates)
         required = self.recipe.required(config.objective)
@@ -214,14 +219,16 @@ class Learner:
         setting = self.config.teacher
         if teacher is None or self.teacher_kind not in ("periodic", "ema"):
             return teacher
-        share = jnp.float32(setting.rate)
-        if self.teacher_kind == "periodic":
-            share = jnp.where(step % setting.every == 0, 1.0, 0.0)
-        return jax.tree.map(
-            lambda old, new: jnp.where(share < 1, old + share * (new - old), new),
-            teacher,
-            params,
-        )
+        due = step % setting.every == 0
+
+        def copied(old, new):
+            return jnp.where(due, new, old)
+
+        def mixed(old, new):
+            return old + setting.rate * (new - old)
+
+        follow = copied if self.teacher_kind == "periodic" else mixed
+        return jax.tree.map(follow, teacher, params)
 
     def _follow(self, plateau: schedules.Plateau, sums) -> schedules.Plateau:
         if "gap_squared" not in sums:
@@ -243,6 +250,7 @@ class Learner:
             skilled=flat.skilled,
             turn=flat.turn,
             anchor=flat.anchor,
+            returns=flat.returns,
             mask=flat.mask,
             old=flat.old,
             teacher=None if teacher is None else teacher.reshape(flat.mask.shape),
@@ -250,7 +258,7 @@ class Learner:
         )
         setting = self.config.objective
         advantage = self.recipe.advantage(episodes, setting, state.plateau.stalled)
-        solved = objective.group_success(flat.success, flat.group, flat.trajectory)
+        solved = episodes.mean_of_group(flat.success)[:, 0]
         return Whole(advantage.reshape(shape), solved.reshape(shape[:-1]), teacher)
 
     def _taught(
@@ -321,14 +329,14 @@ class Learner:
         voice = scoring.read(self.model, params, batch.student)
         student = scoring.scores(voice, batch.student, temperature, mask)
         teacher = reference = divergence = None
-        if whole.teacher is not None:
-            teacher = whole.teacher
-        elif self.needs_teacher:
+        if self.needs_teacher and (whole.teacher is None or self.measure is not None):
             teacher, taught = self._scored_by_teacher(state, params, batch)
             if self.measure is not None:
                 divergence = scoring.divergence(
                     self.measure, voice, taught, temperature, mask
                 )
+        if whole.teacher is not None:
+            teacher = whole.teacher
         if self.needs_reference:
             view = batch.student
             fixed = scoring.score(self.model, state.reference, view, temperature, mask)

@@ -1,4 +1,4 @@
-"""The two panels of a run: the student's, without skills, and the teacher's own."""
+"""The two panels of a run: the student's, and the teacher's own."""
 
 from collections.abc import Callable
 from typing import Any

@@ -37,6 +37,7 @@ class TokenBatch:
       segment: 0 none, 1 reason, 2 action.
       turn: index of the turn, −1 none.
       anchor: id of the observation the turn answered.
+      returns: discounted return from the turn on.
       skilled: 1 where the teacher sees a skill.
       reward: return of the row's episode.
       group: index of the task within the batch, < B.
@@ -51,6 +52,7 @@ class TokenBatch:
     segment: Int[Array, "B R"]
     turn: Int[Array, "B R"]
     anchor: Int[Array, "B R"]
+    returns: Float[Array, "B R"]
     skilled: Float[Array, "B"]
     reward: Float[Array, "B"]
     group: Int[Array, "B"]
@@ -68,6 +70,7 @@ class Row:
       turns: turn index of each scored segment.
       labels: int8 labels (1 reason, 2 action) of each scored segment's tokens.
       anchors: observation id of each scored segment.
+      returns: discounted return from each scored segment on.
       reward, group, trajectory, success: see TokenBatch.
     """
 
@@ -76,6 +79,7 @@ class Row:
     turns: Sequence[int]
     labels: Sequence[np.ndarray]
     anchors: Sequence[int]
+    returns: Sequence[float]
     reward: float
     group: int
     trajectory: int
@@ -133,7 +137,7 @@ def pack(
     """
     if len(rows) > size:
         raise ValueError(f"{len(rows)} rows do not fit a batch of {size}")
-    old, mask = np.zeros((2, size, scored), np.float32)
+    old, mask, returns = np.zeros((3, size, scored), np.float32)
     segment = np.zeros((size, scored), np.int32)
     turn = np.full((size, scored), -1, np.int32)
     anchor = np.zeros((size, scored), np.int32)
@@ -153,6 +157,7 @@ def pack(
         segment[b, :n] = np.concatenate(list(row.labels))
         turn[b, :n] = np.repeat(row.turns, count)
         anchor[b, :n] = np.repeat(row.anchors, count)
+        returns[b, :n] = np.repeat(row.returns, count)
         skilled[b] = row.teacher is not None
         reward[b], group[b], success[b] = row.reward, row.group, row.success
         trajectory[b] = row.trajectory
@@ -166,6 +171,7 @@ def pack(
         segment=segment,
         turn=turn,
         anchor=anchor,
+        returns=returns,
         skilled=skilled,
         reward=reward,
         group=group,

@@ -1,6 +1,6 @@
 """The iteration loop: wires the parts and owns every side effect.
 
-tasks → rollout.collect → summarize → bank.absorb → retrieve → prompts, tokens.pack
+tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve → prompts, tokens.pack
       → learner.update → bank.credit → metrics, checkpoint
 """
 
@@ -68,14 +68,22 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
 
 
 def _check_method(config: settings.Config) -> None:
-    """The method exists, its schedules can be read, and its teacher can be had."""
+    """The method exists, nothing set is ignored, and its teacher can be had."""
     try:
         method = recipe(config.objective.name)
         method.scheduled(config.objective)
-        method.wide(config.objective)
+        method.required(config.objective)
     except ValueError as fault:
         raise validation.Refused(str(fault)) from fault
-    external = "external" in (method.teacher, config.teacher.kind) and method.shown
+    wrong = method.ignored(config.objective)
+    if method.teacher and config.teacher.kind not in ("", method.teacher):
+        wrong = f"teacher.kind={config.teacher.kind!r}: its is {method.teacher}"
+    if config.rollout.draws > 1 and not method.rewarded:
+        wrong = "rollout.draws: equal rewards are no reason to drop a group"
+    if wrong:
+        name = config.objective.name
+        raise validation.Refused(f"objective.name={name} does not take {wrong}")
+    external = learner.teacher_kind(method, config.teacher) == "external"
     if external and config.model.path and not config.teacher.path:
         raise validation.Refused(
             f"objective.name={config.objective.name} with an external teacher needs "
@@ -147,9 +155,7 @@ class Run:
             self.train_environments,
             functools.partial(key_for, config.seed, "rollout"),
         )
-        self.expert_skill = functools.cache(
-            functools.partial(imitate.expert_skill, self._environments("train")[0])
-        )
+        self.expert = imitate.Expert(config.environment)
         self.bank = skill_bank.Bank(config.skills.capacity)
         self.environment_steps = 0
         with self.clock("panels"):
@@ -163,13 +169,13 @@ class Run:
 
     def _make_learner(self) -> None:
         model, weights, record = None, None, {}
-        kind = self.recipe.teacher or self.config.teacher.kind
-        if self.recipe.shown and kind == "external":
+        kind = learner.teacher_kind(self.recipe, self.config.teacher)
+        if kind == "external":
             with self.clock("warm_start"):
                 model, weights, record = agent.make_teacher(
                     self.config, self.agent, self.progress.say
                 )
-        self.teacher_record = {"kind": kind if self.recipe.shown else "none", **record}
+        self.teacher_record = {"kind": kind, **record}
         updates = self.config.iterations * self._updates()
         self.learner = learner.Learner(self.player.model, self.config, updates, model)
         self.state = self.learner.init(self.agent.params, weights)
@@ -261,7 +267,7 @@ class Run:
         """Both views of the episodes' contexts, as the method says."""
         rng = np.random.default_rng([self.config.seed, iteration, 1])
         sources = experience.Sources(
-            self.bank, self.config.skills, rng, self.expert_skill
+            self.bank, self.config.skills, rng, self.expert.skill
         )
         return experience.views(
             played,
@@ -291,14 +297,14 @@ class Run:
         if self.recipe.shown != "skill" and not self.recipe.student_skill:
             return
         self.bank.credit(
-            (skill.id, summarizer.unit_reward(episode))
-            for skill, episode in zip(shown, played.trajectories)
-            if skill is not None
+            (shown[i].id, summarizer.unit_reward(played.trajectories[i]))
+            for i in played.usable
+            if shown[i] is not None
         )
 
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""
-        rng = np.random.default_rng([self.config.seed, 5])
+        rng = np.random.default_rng([self.config.seed, 0, 5])
         hints = experience.Hints(
             self.bank, self.config.skills, rng, self.player.prompter
         )

@@ -37,7 +37,7 @@ CHOICES: dict[str, Collection[str]] = {
         "seq-mean-token-sum-norm",
     ),
     "objective.statistics": ("trajectory", "row"),
-    "teacher.kind": ("live", "periodic", "ema", "frozen", "external"),
+    "teacher.kind": ("", "live", "periodic", "ema", "frozen", "external"),
     "skills.maker": ("template",),
     "optimizer.schedule": ("constant", "cosine"),
     "evaluate.split": ("validation", "test"),

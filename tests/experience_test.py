@@ -112,7 +112,7 @@ def test_a_sibling_is_a_solved_episode_of_the_group_and_not_the_row_itself(playe
 
 def test_an_expert_shows_the_same_skill_to_a_whole_group(played):
     asked = experience.experts(played, sources(expert=lambda seed: f"skill {seed}"))
-    assert asked == ["skill 3", "skill 3", "skill 3", "skill 4"]
+    assert asked == ["skill 3", "skill 3", "skill 3", None]
 
 
 def test_another_model_reads_the_plain_view(played, prompter):
@@ -124,6 +124,19 @@ def test_another_model_reads_the_plain_view(played, prompter):
         plain_teacher=True,
     )
     assert made.rows and all(row.teacher == row.student for row in made.rows)
+
+
+def test_returns_are_discounted_sums_of_what_is_still_to_come():
+    assert experience.discounted([0.0, 1.0, 2.0], 0.5) == [1.0, 2.0, 2.0]
+    assert experience.discounted([], 0.5) == []
+
+
+def test_an_expert_is_not_asked_about_an_episode_that_broke(played):
+    def expert(seed):
+        assert seed == 3
+        return "skill"
+
+    assert experience.experts(played, sources(expert=expert))[3] is None
 
 
 def test_a_task_has_one_hint_for_its_whole_group(played, prompter):

@@ -51,6 +51,7 @@ def batch(rows=ROWS, size=ROWS + 1, seed=0):
         segment=(2 * mask).astype(np.int32),
         turn=np.where(mask > 0, 0, -1).astype(np.int32),
         anchor=np.zeros((size, SCORED), np.int32),
+        returns=(reward[:, None] * mask).astype(np.float32),
         skilled=(trajectory % 3 != 0).astype(np.float32) * (trajectory >= 0),
         reward=reward,
         group=np.where(trajectory < 0, 0, trajectory % 2).astype(np.int32),

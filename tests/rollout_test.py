@@ -138,6 +138,7 @@ def packed(player, trajectories):
             turns=range(sum(s.scored for s in context)),
             labels=[np.full(len(s.tokens), 2) for s in context if s.scored],
             anchors=[0] * sum(s.scored for s in context),
+            returns=[0] * sum(s.scored for s in context),
             reward=0.0,
             group=0,
             trajectory=0,

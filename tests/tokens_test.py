@@ -21,6 +21,7 @@ def row(student, teacher=None, turns=(0,), **kwargs):
         turns=turns,
         labels=[np.full(len(s.tokens), 2, np.int8) for s in replies],
         anchors=[7] * len(replies),
+        returns=[7] * len(replies),
         **{**defaults, **kwargs},
     )
 

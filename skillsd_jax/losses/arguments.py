@@ -1,12 +1,13 @@
 """What every loss does to its arguments: widen arrays, look names up."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Choice = TypeVar("Choice")
+Function = TypeVar("Function", bound=Callable)
 
 
 def widen(*arrays: Array) -> tuple[Float[Array, "..."], ...]:
@@ -16,6 +17,16 @@ def widen(*arrays: Array) -> tuple[Float[Array, "..."], ...]:
     """
     arrays = tuple(jnp.asarray(a) for a in arrays)
     return tuple(a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays)
+
+
+def uses(*coefficients: str) -> Callable[[Function], Function]:
+    """Names the coefficients that a term, a credit or a baseline reads."""
+
+    def mark(function: Function) -> Function:
+        function.uses = coefficients
+        return function
+
+    return mark
 
 
 def choose(table: Mapping[str, Choice], name: str, setting: str) -> Choice:

@@ -42,8 +42,7 @@ def grsd_multiplier(
     advantage: Float[Array, "B R"],
     gap: Float[Array, "B R"],
     mask: Float[Array, "B R"],
-    turn: Int[Array, "B R"],
-    group: Int[Array, "B R"],
+    ids: tuple[Int[Array, "B R"], Int[Array, "B R"]],
     mix: float,
     clip: float,
 ) -> Float[Array, "B R"]:
@@ -55,15 +54,15 @@ def grsd_multiplier(
     Args:
       advantage: A.
       gap: log π_T − log π_old, nats.
-      mask: 1 on the tokens that count.
-      turn: an id of each token's turn, unique over the batch.
-      group: id of the task.
+      mask: 1 on the tokens whose teacher was shown something.
+      ids: of each token's turn, unique over the batch, and of its task; see ranks.
       mix: λ. Published: 0.5.
       clip: g. Scripts: 0.2.
 
     Source: GRSD, arXiv 2607.28076; github.com/BinbZheng1/GRSD at 38f9787.
     """
     advantage, gap, mask = widen(advantage, gap, mask)
+    turn, group = ids
     delta = mean_of(gap, mask, turn)
     surprise = jnp.expm1(jnp.clip(jnp.sign(advantage) * delta, -20, 20))
     scale = mean_of(jnp.abs(surprise), per_turn(mask, turn), group)
@@ -77,8 +76,7 @@ def belief_multiplier(
     mask: Float[Array, "B R"],
     order: tuple[Int[Array, "B R"], Int[Array, "B R"]],
     prior: Float[Array, "B R"],
-    discount: float,
-    bound: float,
+    settings: tuple[float, float],
 ) -> Float[Array, "B R"]:
     """clip(1 + b sign(A) z_k, 1 ± b), z_k the standardised step of a belief in success.
 
@@ -91,13 +89,12 @@ def belief_multiplier(
       mask: 1 on the tokens that count.
       order: (trajectory, turn) of each token; −1 is padding.
       prior: B_0, the group's mean return in [0, 1]; clipped to [1e-4, 1 − 1e-4].
-      discount: γ. Released script: 1.
-      bound: b. Published: 0.2.
+      settings: γ and b. Released script: 1 and 0.2.
 
     Source: AgentOPSD, arXiv 2608.05987; github.com/zhangdw156/AgentOPSD at e0c0f09.
     """
     advantage, gap, mask, prior = widen(advantage, gap, mask, prior)
-    trajectory, turn = order
+    (trajectory, turn), (discount, bound) = order, settings
     unit, episode = ranks(trajectory, turn), ranks(trajectory)
     once = per_turn(mask, unit)
     evidence = sum_of(gap, mask, unit)
@@ -155,8 +152,8 @@ def step_advantage(
     Args:
       step_return: G_t, the discounted return from the turn on.
       mask: 1 on the tokens that count.
-      turn: an id of each token's turn, unique over the batch.
-      state: an id of (task, observation).
+      turn: an id of each token's turn, unique over the batch; see ranks.
+      state: an id of (task, observation); see ranks.
       normalize_std: divide by the deviation.
 
     Source: GiGPO, arXiv 2505.10978, equations 6 and 7.
@@ -176,23 +173,8 @@ def step_advantage(
     return stop_gradient(jnp.where(lone | (mask == 0), 0, advantage))
 
 
-def discounted(
-    reward: Float[Array, "B"],
-    mask: Float[Array, "B R"],
-    trajectory: Int[Array, "B"],
-    turn: Int[Array, "B R"],
-    discount: float,
-) -> Float[Array, "B R"]:
-    """G_t = γ^{T−t} R: the return from turn t on of a reward paid at the last turn T."""
-    reward, mask = widen(reward, mask)
-    episode = ranks(jnp.broadcast_to(trajectory[:, None], turn.shape))
-    last = _reduce(turn.astype(mask.dtype), mask, episode, jax.ops.segment_max)
-    left = jnp.where(mask > 0, last - turn, 0)
-    return reward[:, None] * discount**left * (mask > 0)
-
-
 def ranks(*keys: Int[Array, "B R"]) -> Int[Array, "B R"]:
-    """Equal tuples of keys share an id; ids are dense from 0."""
+    """Equal tuples of keys share an id; ids are dense from 0, as all of these want."""
     flat = [key.reshape(-1) for key in keys]
     order = jnp.lexsort(flat)
     new = [jnp.diff(key[order], prepend=key[order[:1]]) != 0 for key in flat]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax.losses.arguments import widen
@@ -92,7 +93,8 @@ class Signals:
     def inside(self) -> "Signals":
         """The same with 0 outside the mask, whatever came there, −inf and NaN too.
 
-        Before the equations, since selecting afterwards leaves 0·inf in gradients.
+        A row that is shown nothing has the student for its teacher: no gap. All this
+        comes before the equations: selecting afterwards leaves 0·inf in gradients.
         """
         (mask,) = widen(self.mask)
         given = {name: getattr(self, name) for name in PER_TOKEN}
@@ -101,6 +103,10 @@ class Signals:
             for name, value in given.items()
             if value is not None
         }
+        if self.skilled is not None and "teacher" in clean:
+            shown = self.skilled[..., None] != 0
+            own = stop_gradient(clean["student"])
+            clean["teacher"] = jnp.where(shown, clean["teacher"], own)
         return dataclasses.replace(self, mask=mask, **clean)
 
 

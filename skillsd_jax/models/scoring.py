@@ -100,11 +100,13 @@ def divergence(
 
     Args:
       measure: from two [… V] to [...].
-      student, teacher: of one vocabulary; the networks may differ otherwise.
+      student, teacher: of one vocabulary, but for padding; the networks may differ.
       temperature: > 0; both distributions are softmax(logits / temperature).
       mask: 1 where a token counts; 0 comes back elsewhere.
     """
     size = mask.size
+    # Embeddings of one family are padded to different sizes; no text has those ids.
+    words = min(student.config.vocab, teacher.config.vocab)
     count = -(-size // chunk)
 
     def pieces(states: Float[Array, "B R D"]) -> Float[Array, "n c D"]:
@@ -115,7 +117,7 @@ def divergence(
     @jax.checkpoint
     def part(both):
         s, t = (v.logits(x) / temperature for v, x in zip((student, teacher), both))
-        return measure(s, t)
+        return measure(s[..., :words], t[..., :words])
 
     values = jax.lax.map(part, (pieces(student.states), pieces(teacher.states)))
     values = values.reshape(-1)[:size].reshape(mask.shape)

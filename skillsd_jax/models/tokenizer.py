@@ -73,6 +73,10 @@ class Tokenizer:
         kept = [int(id) for id in ids if int(id) not in self._control]
         return self._backend.decode(kept, skip_special_tokens=False)
 
+    def means(self, other: "Tokenizer") -> bool:
+        """Whether every id means the same to both."""
+        return self._backend.get_vocab() == other._backend.get_vocab()
+
     def open_turn(self, role: str) -> list[int]:
         """<|im_start|>role and a newline."""
         return [self._open, *self.encode(f"{role}\n")]

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 
 from skillsd_jax import config
-from skillsd_jax.losses import distillation, gates, masking, objective, policy_gradient
-from skillsd_jax.losses.objective import advantage, terms, weights
+from skillsd_jax.losses import (
+    distillation,
+    divergence,
+    gates,
+    masking,
+    objective,
+    policy_gradient,
+)
+from skillsd_jax.losses.objective import terms, weights
 
 B, R = 6, 4
 NAMES = list(objective.OBJECTIVES)
-DISTILLED = {  # name → (coefficient, where its distillation counts)
+DISTILLED = {  # name → coefficient of its distillation
     "skill_sd": "sdl_lambda",
     "sdar": "sdar_coef",
     "grpo_opsd": "sdl_lambda",
@@ -168,27 +175,152 @@ def test_micro_batches_change_nothing(name, mode, signals):
     )
 
 
-def test_without_rewards_skill_sd_follows_the_reverse_kl(words):
-    """Each of five words is a row, weighted by the sampler's probability of it."""
+def expected(words, name, sampler, teacher, **changes):
+    """Exact expected gradient of a method without rewards: each word is a row."""
+    chosen = settings(name, **changes)
 
     def loss(logits):
         column = jax.nn.log_softmax(logits)[:, None]
+        wide = objective.recipe(name).wide(chosen)
+        one = None if wide is None else wide(logits, teacher)
         signals = objective.Signals(
             student=column,
-            old=words.old[:, None],
-            teacher=words.teacher[:, None],
+            old=sampler[:, None],
+            teacher=teacher[:, None],
             entropy=np.zeros((5, 1)),
+            divergence=None if one is None else jnp.full((5, 1), one),
             advantage=np.zeros((5, 1)),
             mask=np.ones((5, 1)),
+            segment=np.ones((5, 1), int),
+            step=np.int32(0),
+            token_count=np.float64(5),
+            skilled_count=np.float64(5),
         )
-        terms = (
-            objective.recipe("skill_sd").loss(signals, settings(sdl_lambda=0.3)).terms
-        )
-        return (np.exp(words.old)[:, None] * sum(terms.values())).sum()
+        terms = objective.recipe(name).loss(signals, chosen).terms
+        return (np.exp(sampler)[:, None] * sum(terms.values())).sum()
 
     with jax.enable_x64(True):
-        gradient = jax.grad(loss)(words.logits)
-    np.testing.assert_allclose(gradient, 0.3 * words.reverse_kl_gradient(), atol=1e-12)
+        return np.asarray(jax.grad(loss)(words.logits))
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize(
+    "name, scale", [("skill_sd", 0.3), ("grpo_opsd", 0.3), ("opsd", 1), ("opd", 1)]
+)
+def test_a_method_of_the_reverse_kl_follows_it(words, name, scale, on_policy):
+    sampler = words.student if on_policy else words.old
+    gradient = expected(words, name, sampler, words.teacher)
+    np.testing.assert_allclose(gradient, scale * words.reverse_kl_gradient(), atol=1e-7)
+
+
+def test_sad_follows_the_forward_kl(words):
+    gradient = expected(words, "sad", words.student, words.teacher)
+    np.testing.assert_allclose(gradient, words.forward_kl_gradient(), atol=1e-7)
+
+
+def test_the_released_grpo_opsd_has_no_signal_in_expectation(words):
+    gradient = expected(words, "grpo_opsd_released", words.student, words.teacher)
+    np.testing.assert_allclose(gradient, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sdar", "opsd_released"])
+def test_for_small_gaps_sdar_follows_the_reverse_kl(words, name):
+    teacher = words.log_softmax(words.student + 1e-3 * words.teacher)
+    gradient = expected(words, name, words.student, teacher)
+    wanted = 0.3 * 5 / 4 * words.reverse_kl_gradient(teacher)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-3, atol=1e-8)
+
+
+def test_sdpo_keeps_the_likeliest_words_of_the_student_apart(words):
+    two = dataclasses.replace(
+        objective.recipe("sdpo"), settings={"topk_select": "student"}
+    )
+    chosen = settings("sdpo", topk=2, topk_kind="jsd")
+    student, teacher = words.logits, words.teacher[::-1]
+    wanted = divergence.topk_tail(student, teacher, 2, "jsd", select="student")
+    other = divergence.topk_tail(student, teacher, 2, "jsd", select="teacher")
+    assert abs(wanted - other) > 1e-3
+    np.testing.assert_allclose(two.wide(chosen)(student, teacher), wanted)
+    named = objective.recipe("sdpo").wide(settings("sdpo")).keywords
+    assert named == {"k": 100, "kind": "jsd", "select": "student"}
+
+
+# What a name means besides its equation: shown, teacher, data, estimator.
+MEANINGS = {
+    "grpo": ("", "", "rollouts", None),
+    "skill_grpo": ("", "", "rollouts", None),
+    "skill_sd": ("skill", "", "rollouts", "iw_k3"),
+    "sdar": ("skill", "", "rollouts", "gated"),
+    "opsd": ("expert", "frozen", "rollouts", "iw_k3"),
+    "grpo_opsd": ("expert", "frozen", "rollouts", "iw_k3"),
+    "opsd_released": ("skill", "", "rollouts", "gated"),
+    "grpo_opsd_released": ("skill", "", "rollouts", "gated"),
+    "opd": ("plain", "external", "rollouts", "k1_reward"),
+    "rlsd": ("skill", "", "rollouts", None),
+    "sdpo": ("sibling", "ema", "rollouts", "topk_tail"),
+    "tcod": ("plain", "external", "rollouts", None),
+    "opid": ("skill", "live", "rollouts", None),
+    "grsd": ("skill", "live", "rollouts", None),
+    "agent_opsd": ("skill", "live", "rollouts", None),
+    "gigpo": ("", "", "rollouts", None),
+    "sad": ("plain", "external", "expert", "full_forward_kl"),
+}
+REWARDED = set(NAMES) - {"opsd", "opsd_released", "opd", "sdpo", "tcod", "sad"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_means_what_it_means(name):
+    recipe = objective.recipe(name)
+    distils = [t.estimator for t in recipe.terms if isinstance(t, terms.Distil)]
+    found = (recipe.shown, recipe.teacher, recipe.data, *(distils or [None]))
+    assert found == MEANINGS[name]
+    assert recipe.student_skill == (name == "skill_grpo")
+    assert recipe.rewarded == (name in REWARDED)
+    assert (terms.policy in recipe.terms) == (name in REWARDED | {"tcod"})
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("skill_sd", {"estimator": "k3"}, "objective.estimator: it has its own"),
+        ("grpo_opsd_released", {"gate_beta": 7.0}, "gate_beta: the name means 0.0"),
+        ("sdpo", {"loss_agg_mode": "seq-mean-token-sum"}, "per_skilled_token without"),
+        ("grpo", {"schedules": "entropy_coefficient=plateau:5"}, "a plateau schedule"),
+    ],
+)
+def test_what_would_have_no_effect_is_named(name, changes, message):
+    recipe = objective.recipe(name)
+    assert message in recipe.ignored(settings(name, **changes))
+    assert recipe.ignored(settings(name)) == ""
+
+
+def test_a_method_schedules_what_it_reads_and_nothing_else():
+    grpo, sdar = objective.recipe("grpo"), objective.recipe("sdar")
+    with pytest.raises(ValueError, match="no coefficient 'sdar_coef'; choose action"):
+        grpo.scheduled(settings("grpo", schedules="sdar_coef=linear:9"))
+    assert {"sdar_coef", "gate_beta", "kl_coefficient"} <= sdar.tunable
+    assert "rlsd_mix" in objective.recipe("rlsd").tunable
+    assert "turn_mix" in objective.recipe("grsd").tunable
+
+
+def test_a_scheduled_coefficient_of_zero_stays_off(signals):
+    chosen = settings("grpo", schedules="kl_coefficient=linear:9")
+    bare = dataclasses.replace(signals, reference=None)
+    assert "reference" not in objective.recipe("grpo").required(chosen)
+    assert objective.recipe("grpo").loss(bare, chosen).terms.keys() == {"policy"}
+
+
+@pytest.mark.parametrize("name", ["skill_sd", "sdar", "opsd"])
+def test_a_teacher_of_anything_on_rows_without_a_skill_reaches_nothing(name, signals):
+    unskilled = signals.skilled[:, None] == 0
+    chosen = settings(name, estimator="k3" if name == "opsd" else "")
+    clean = jax.value_and_grad(loss_of(signals, chosen))(signals.student)
+    for bad in (np.nan, np.inf, -np.inf, 1e4):
+        spoilt = np.where(unskilled, bad, signals.teacher).astype(np.float32)
+        spoilt = dataclasses.replace(signals, teacher=spoilt)
+        found = jax.value_and_grad(loss_of(spoilt, chosen))(signals.student)
+        np.testing.assert_array_equal(found[0], clean[0])
+        np.testing.assert_array_equal(found[1], clean[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -314,6 +446,7 @@ def episodes(reward, group, trajectory, length=1, **more):
             "skilled": np.ones(shape[0], np.float32),
             "turn": np.zeros(shape, np.int32),
             "anchor": np.zeros(shape, np.int32),
+            "returns": np.zeros(shape, np.float32),
             "mask": np.ones(shape, np.float32) * (np.array(trajectory) >= 0)[:, None],
             "old": np.zeros(shape, np.float32),
             **more,
@@ -344,7 +477,7 @@ def test_credits_count_on_skilled_rows_alone():
         # l = ½ (1 − 8/100): A [(1 − l) + l clip(e^Δ, 0.8, 1.2)]
         "rlsd": h * (1 - 0.46 + 0.46 * np.array([np.exp(0.1), 0.8])),
         "opid": h + 0.001 * gap[0],
-        # δ = −0.1: e = expm1(−0.1); the other episode's is 0: mean |e| is half of it.
+        # δ = −0.1, e / |e| = −1, held at −0.2; the row without a skill does not count.
         "grsd": h * (1 + 0.5 * -0.2) * np.ones(2),
         # One turn: it has nothing to be compared with.
         "agent_opsd": h * np.ones(2),
@@ -375,10 +508,13 @@ def test_grsd_leaves_groups_of_one_ending_alone():
 
 
 def test_gigpo_adds_what_a_turn_did_better_from_the_same_screen():
-    # Two episodes of two turns from one screen (7); the first won. G = γR, R and 0, 0.
+    # Two episodes of two turns from one screen (7); the first won. G = ½, 1 and 0, 0.
     turn, anchor = np.array([[0], [1], [0], [1]]), np.array([[7], [8], [7], [9]])
-    played = episodes([1, 1, 0, 0], [0] * 4, [0, 0, 1, 1], turn=turn, anchor=anchor)
-    chosen = settings("gigpo", normalize_std=False, step_weight=2.0, discount=0.5)
+    returns = np.array([[0.5], [1], [0], [0]])
+    played = episodes(
+        [1, 1, 0, 0], [0] * 4, [0, 0, 1, 1], turn=turn, anchor=anchor, returns=returns
+    )
+    chosen = settings("gigpo", normalize_std=False, step_weight=2.0)
     value = objective.recipe("gigpo").advantage(played, chosen)[:, 0]
     # A_S at screen 7: ½ − ¼ and 0 − ¼; screens 8 and 9 were met once: 0.
     np.testing.assert_allclose(value, [0.5 + 0.5, 0.5, -0.5 - 0.5, -0.5], rtol=1e-6)
@@ -395,11 +531,8 @@ def test_a_credit_without_a_teacher_is_refused(name):
 
 
 def test_a_group_is_solved_by_its_episodes_not_by_its_rows():
-    share = advantage.group_success(
-        np.array([1.0, 1, 1, 0, 0, 1]),
-        np.array([0, 0, 0, 0, 1, 0]),
-        np.array([0, 0, 0, 1, 2, -1]),
-    )
+    played = episodes([1, 1, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 2, -1])
+    share = played.mean_of_group(played.success)[:, 0]
     np.testing.assert_allclose(share[:5], [0.5, 0.5, 0.5, 0.5, 0], rtol=1e-6)
 
 
@@ -426,12 +559,15 @@ def test_sad_counts_reasoning_and_action_alone(signals):
 
 
 def test_sdpo_cuts_the_importance_weight_at_two(signals):
+    old = signals.student - np.linspace(-2, 2, B * R, dtype=np.float32).reshape(B, R)
+    signals = dataclasses.replace(signals, old=old * signals.mask)
     found = objective.recipe("sdpo").loss(signals, settings("sdpo")).terms
     rho = np.minimum(np.exp(signals.student - signals.old), 2.0)
     share = signals.token_count / signals.skilled_count
     wanted = share * signals.skilled[:, None] * rho * signals.divergence * signals.mask
     np.testing.assert_allclose(found["distillation"], wanted, rtol=1e-5)
-    assert (np.exp(signals.student - signals.old) > 1.1).any()
+    skilled = (signals.skilled[:, None] * signals.mask) > 0
+    assert (np.exp(signals.student - signals.old)[skilled] > 3).any()
 
 
 def test_weights_of_failed_groups_and_of_missing_signals(signals):

@@ -20,7 +20,10 @@ from skillsd_jax.losses import masking, objective
 B, R = 8, 4
 NAMES = list(objective.OBJECTIVES)
 FEW = effort(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 FLOATS = ("student", "old", "teacher", "reference", "entropy", "divergence")
 BY_ROW = ("skilled", "group_success")
@@ -128,8 +131,8 @@ def test_masked_rows_of_anything_change_nothing(name, mode, seed, rubbish):
         x[B:] = 0
     padded = dataclasses.replace(padded, **zero)
     more, further = value_and_gradient(padded, setting, None)
-    np.testing.assert_allclose(more, value, atol=1e-6, rtol=1e-6)
-    np.testing.assert_allclose(further[:, :B], gradient, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(more, value, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(further[:, :B], gradient, atol=1e-5, rtol=1e-5)
     assert not further[:, B:].any()
 
 
@@ -147,6 +150,7 @@ def episodes(seed: int, padding: int = 0, order=None) -> objective.Episodes:
         "trajectory": trajectory,
         "skilled": rng.integers(0, 2, 4).astype(np.float32)[trajectory],
         "turn": turn,
+        "returns": rng.uniform(0, 1, (B, R)).astype(np.float32),
         "anchor": rng.integers(0, 2, B)[:, None].repeat(R, 1).astype(np.int32),
         "mask": mask,
         "old": rng.uniform(-3, 0, (B, R)).astype(np.float32),

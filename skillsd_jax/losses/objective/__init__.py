@@ -3,7 +3,6 @@
 from skillsd_jax.losses.objective.advantage import (
     Episodes,
     group_advantage,
-    group_success,
 )
 from skillsd_jax.losses.objective.methods import OBJECTIVES, listing, recipe
 from skillsd_jax.losses.objective.recipe import Recipe
@@ -17,7 +16,6 @@ __all__ = [
     "Recipe",
     "Signals",
     "group_advantage",
-    "group_success",
     "listing",
     "recipe",
 ]

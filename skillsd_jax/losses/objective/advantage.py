@@ -10,19 +10,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax import config
 from skillsd_jax.losses import credit, policy_gradient
-from skillsd_jax.losses.arguments import choose, widen
+from skillsd_jax.losses.arguments import choose, uses, widen
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """A whole iteration; see Signals. `teacher` may be None, and `step` is the count
-    of iterations done."""
+    """A whole iteration; see Signals. `returns` are discounted, from each turn on.
+
+    `teacher` may be None; `step` is the count of iterations done.
+    """
 
     reward: Float[Array, "B"]
     group: Int[Array, "B"]
@@ -31,6 +32,7 @@ class Episodes:
     skilled: Float[Array, "B"]
     turn: Int[Array, "B R"]
     anchor: Int[Array, "B R"]
+    returns: Float[Array, "B R"]
     mask: Float[Array, "B R"]
     old: Float[Array, "B R"]
     teacher: Float[Array, "B R"] | None = None
@@ -55,17 +57,18 @@ class Episodes:
     @property
     def unit(self) -> Int[Array, "B R"]:
         """An id of each token's turn, unique over the batch."""
-        return credit.ranks(self._spread(self.trajectory), self.turn)
+        return credit.ranks(self.spread(self.trajectory), self.turn)
 
     def mean_of_group(self, values: Float[Array, "B"]) -> Float[Array, "B R"]:
         """Mean over the group's episodes, each counted once."""
-        ids = credit.ranks(self._spread(self.trajectory))
+        ids = credit.ranks(self.spread(self.trajectory))
         tokens = credit.sum_of(jnp.ones_like(self.mask), self.mask, ids)
         once = self.mask / jnp.maximum(tokens, 1)
-        (spread,) = widen(self._spread(values))
-        return credit.mean_of(spread, once, credit.ranks(self._spread(self.group)))
+        (spread,) = widen(self.spread(values))
+        return credit.mean_of(spread, once, credit.ranks(self.spread(self.group)))
 
-    def _spread(self, values: Array) -> Array:
+    def spread(self, values: Array) -> Array:
+        """A figure of each row at each of its tokens."""
         return jnp.broadcast_to(values[:, None], self.turn.shape)
 
 
@@ -114,23 +117,25 @@ def by_group(episodes: Episodes, objective: config.Objective) -> Float[Array, "B
     return advantage[:, None] * e.mask
 
 
-def none(episodes: Episodes, objective: config.Objective) -> Float[Array, "B R"]:
+def without_rewards(
+    episodes: Episodes, objective: config.Objective
+) -> Float[Array, "B R"]:
     """Rewards do not count."""
     return jnp.zeros_like(episodes.mask)
 
 
+@uses("step_weight")
 def by_group_and_state(
     episodes: Episodes, objective: config.Objective
 ) -> Float[Array, "B R"]:
     """GiGPO: A_E + w A_S, A_S among the turns of a task that answered one screen."""
     e, o = episodes, objective
-    group = jnp.broadcast_to(e.group[:, None], e.turn.shape)
-    returns = credit.discounted(e.reward, e.mask, e.trajectory, e.turn, o.discount)
-    state = credit.ranks(group, e.anchor)
-    step = credit.step_advantage(returns, e.mask, e.unit, state, o.normalize_std)
+    state = credit.ranks(e.spread(e.group), e.anchor)
+    step = credit.step_advantage(e.returns, e.mask, e.unit, state, o.normalize_std)
     return by_group(e, o) + o.step_weight * step
 
 
+@uses("rlsd_mix")
 def evidence(
     episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
 ) -> Float[Array, "B R"]:
@@ -141,38 +146,40 @@ def evidence(
     return jnp.where(episodes.skilled[:, None] > 0, shaped, advantage)
 
 
+@uses("turn_mix")
 def surprise(
     episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
 ) -> Float[Array, "B R"]:
     """GRSD: A times a turn's mean gap against its group's, in groups of both ends."""
     e, o = episodes, objective
-    group = credit.ranks(jnp.broadcast_to(e.group[:, None], e.turn.shape))
+    ids = e.unit, credit.ranks(e.spread(e.group))
+    shown = e.mask * e.skilled[:, None]
     multiplier = credit.grsd_multiplier(
-        advantage, e.gap, e.mask, e.unit, group, o.turn_mix, o.turn_clip
+        advantage, e.gap, shown, ids, o.turn_mix, o.turn_clip
     )
     solved = e.mean_of_group(e.success)
     mixed = (solved > 0) & (solved < 1) & (e.skilled[:, None] > 0)
     return jnp.where(mixed, advantage * multiplier, advantage)
 
 
+@uses("turn_mix")
 def belief(
     episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
 ) -> Float[Array, "B R"]:
     """AgentOPSD: A [(1 − l) + l w_k], w_k from how a turn moved the belief."""
     e, o = episodes, objective
-    trajectory = jnp.broadcast_to(e.trajectory[:, None], e.turn.shape)
     multiplier = credit.belief_multiplier(
         advantage,
         e.gap,
         e.mask,
-        (trajectory, e.turn),
+        (e.spread(e.trajectory), e.turn),
         e.mean_of_group(e.reward),
-        o.belief_discount,
-        o.turn_clip,
+        (o.belief_discount, o.turn_clip),
     )
     return advantage * (1 - o.turn_mix + o.turn_mix * multiplier)
 
 
+@uses("gap_weight")
 def added_gap(
     episodes: Episodes, objective: config.Objective, advantage: Float[Array, "B R"]
 ) -> Float[Array, "B R"]:
@@ -188,16 +195,3 @@ def early_gap(
         raise ValueError("TCOD's window grows with the step, which came as None")
     window = 1 + episodes.step // objective.window_every
     return episodes.gap * (episodes.turn < window)
-
-
-def group_success(
-    success: Float[Array, "B"], group: Int[Array, "B"], trajectory: Int[Array, "B"]
-) -> Float[Array, "B"]:
-    """Share of each row's group that was solved, every episode counted once."""
-    real = trajectory >= 0
-    mates = (trajectory[:, None] == trajectory) & real
-    peers = (group[:, None] == group) & real
-    share = peers / jnp.maximum(jnp.sum(mates, axis=-1), 1)  # of its episode
-    (success,) = widen(success)
-    total = jnp.sum(share * success, axis=-1)
-    return stop_gradient(total / jnp.maximum(jnp.sum(share, axis=-1), 1e-9))

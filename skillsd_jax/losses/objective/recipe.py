@@ -14,8 +14,9 @@ from skillsd_jax.losses.objective.advantage import (
     Credit,
     Episodes,
     by_group,
+    without_rewards,
 )
-from skillsd_jax.losses.objective.terms import WIDE, Distil, Term, reference_kl
+from skillsd_jax.losses.objective.terms import WIDE, Distil, Term, policy, reference_kl
 from skillsd_jax.losses.objective.weights import by_segment, on_skilled
 from skillsd_jax.losses.signals import Output, Signals
 
@@ -54,17 +55,34 @@ class Recipe:
 
     def required(self, objective: config.Objective) -> frozenset[str]:
         """Optional signals that must be computed under these settings."""
+        objective = self.meant(objective)
         needs = {"entropy"} | ({"teacher"} if self.shown else set())
         if objective.kl_coefficient and reference_kl in self.terms:
             needs.add("reference")
         return frozenset(needs | ({"divergence"} if self.wide(objective) else set()))
 
     def wide(self, objective: config.Objective) -> Callable | None:
-        """The vocabulary-wide divergence of the logits [… V], if it has one."""
-        for term in self.terms:
-            if isinstance(term, Distil) and term.chosen(objective) in WIDE:
-                return WIDE[term.chosen(objective)](objective)
-        return None
+        """The vocabulary-wide divergence of the logits [… V], if it has one.
+
+        Raises:
+          ValueError: it has several; the learner computes one.
+        """
+        objective = self.meant(objective)
+        names = {t.chosen(objective) for t in self.terms if isinstance(t, Distil)}
+        wide = sorted(names & WIDE.keys())
+        if len(wide) > 1:
+            raise ValueError(f"one vocabulary-wide estimator at most, not {wide}")
+        return WIDE[wide[0]](objective) if wide else None
+
+    def meant(self, objective: config.Objective) -> config.Objective:
+        """The settings with those that the name fixes."""
+        return dataclasses.replace(objective, **self.settings)
+
+    @property
+    def tunable(self) -> frozenset[str]:
+        """The coefficients that something in the recipe reads."""
+        parts = [*self.terms, *self.credits, self.baseline]
+        return frozenset(SEGMENTS).union(*(getattr(p, "uses", ()) for p in parts))
 
     def scheduled(self, objective: config.Objective) -> dict[str, schedules.Schedule]:
         """The schedule of each coefficient that has one.
@@ -72,8 +90,9 @@ class Recipe:
         Raises:
           ValueError: objective.schedules cannot be read.
         """
-        own = schedules.parse(self.schedule, COEFFICIENTS)
-        return own | schedules.parse(objective.schedules, COEFFICIENTS)
+        known = sorted(self.tunable)
+        own = schedules.parse(self.schedule, known)
+        return own | schedules.parse(objective.schedules, known)
 
     def settled(
         self,
@@ -86,10 +105,11 @@ class Recipe:
         Returns:
           The settings, and the coefficients that a schedule changed, by name.
         """
-        objective = dataclasses.replace(objective, **self.settings)
+        objective = self.meant(objective)
         changed = {
             name: getattr(objective, name) * schedule.factor(step, stalled)
             for name, schedule in self.scheduled(objective).items()
+            if getattr(objective, name)  # 0 stays 0: what it is of is not computed
         }
         return dataclasses.replace(objective, **changed), changed
 
@@ -105,6 +125,28 @@ class Recipe:
         for shape in self.credits:
             advantage = shape(episodes, objective, advantage)
         return stop_gradient(jnp.where(episodes.mask > 0, advantage, 0))
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether rewards of rollouts are what it learns from."""
+        return self.baseline is not without_rewards and policy in self.terms
+
+    def ignored(self, objective: config.Objective) -> str:
+        """What is set and would have no effect, in words; '' if nothing is."""
+        default, meant = config.Objective(), self.meant(objective)
+        for name, value in self.settings.items():
+            if getattr(objective, name) not in (value, getattr(default, name)):
+                return f"objective.{name}: the name means {value!r}"
+        distils = [term for term in self.terms if isinstance(term, Distil)]
+        if objective.estimator and not any(term.open for term in distils):
+            return "objective.estimator: it has its own"
+        by_row = objective.loss_agg_mode != "token-mean"
+        if meant.per_skilled_token and distils and by_row:
+            return "per_skilled_token without loss_agg_mode=token-mean"
+        kinds = {s.kind for s in self.scheduled(objective).values()}
+        if "plateau" in kinds and not self.shown:
+            return "a plateau schedule: without a teacher there is no gap"
+        return ""
 
     def loss(self, signals: Signals, objective: config.Objective) -> Output:
         """Every term's loss per token, and what to log.
@@ -135,17 +177,7 @@ class Recipe:
         return Output(terms, stop_gradient(_as_float(metrics)))
 
 
-# What a schedule may change.
-COEFFICIENTS = (
-    "sdl_lambda",
-    "sdar_coef",
-    "kl_coefficient",
-    "entropy_coefficient",
-    "gate_beta",
-    "rlsd_mix",
-    "turn_mix",
-    "gap_weight",
-    "step_weight",
+SEGMENTS = (
     "reason_weight",
     "action_weight",
     "distill_reason_weight",

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from skillsd_jax import config
 from skillsd_jax.losses import distillation, divergence, gates, policy_gradient
-from skillsd_jax.losses.arguments import choose
+from skillsd_jax.losses.arguments import choose, uses, widen
 from skillsd_jax.losses.objective.weights import by_segment, on_skilled
 from skillsd_jax.losses.signals import Output, Signals
 
@@ -42,6 +42,7 @@ def _by_sequence(s: Signals) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
 RATIOS = {"token": lambda s: (s.student, s.old), "sequence": _by_sequence}
 
 
+@uses("kl_coefficient")
 def reference_kl(signals: Signals, objective: config.Objective) -> Output:
     """kl_coefficient · KL to the initial policy; absent at coefficient 0."""
     if _off(objective.kl_coefficient):
@@ -55,6 +56,7 @@ def reference_kl(signals: Signals, objective: config.Objective) -> Output:
     )
 
 
+@uses("entropy_coefficient")
 def entropy_bonus(signals: Signals, objective: config.Objective) -> Output:
     """−entropy_coefficient · h; absent at coefficient 0."""
     if _off(objective.entropy_coefficient):
@@ -72,6 +74,9 @@ def _off(coefficient: float | Array) -> bool:
 class Distil:
     """The loss term coefficient · weights · estimator.
 
+    per_skilled_token divides by the tokens of skilled rows instead of by all; with
+    loss_agg_mode=token-mean alone.
+
     Args:
       estimator: a name of ESTIMATORS.
       coefficient: a setting of config.Objective, or a number.
@@ -83,6 +88,11 @@ class Distil:
     coefficient: str | float
     weights: tuple[Weight, ...] = (on_skilled,)
     open: bool = False
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        named = (self.coefficient,) if isinstance(self.coefficient, str) else ()
+        return named + (("gate_beta",) if self.estimator == "gated" else ())
 
     def chosen(self, objective: config.Objective) -> str:
         """The estimator's name under these settings.
@@ -101,8 +111,10 @@ class Distil:
         if isinstance(scale, str):
             scale = getattr(o, scale)
         if o.per_skilled_token:
-            counts = signals.given("token_count"), signals.given("skilled_count")
-            scale = scale * counts[0] / jnp.maximum(counts[1], 1)
+            tokens, skilled = widen(
+                signals.given("token_count"), signals.given("skilled_count")
+            )
+            scale = scale * tokens / jnp.maximum(skilled, 1)
         weight = by_segment(signals, o.distill_reason_weight, o.distill_action_weight)
         for where in self.weights:
             weight = weight * where(signals, o)
