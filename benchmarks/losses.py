@@ -3,7 +3,7 @@
   python benchmarks/losses.py
   python benchmarks/losses.py --rows=256 --tokens=512 --repeats=5
 
-Forward and backward of a whole objective, log-probs given, on [rows × tokens] against
+Advantages, forward and backward of a whole objective, log-probs given, on [rows × tokens] against
 forward and backward of the student on the same tokens (4 layers, width 256, vocabulary
 8,192; the sum of log-probs in its place, 16 rows at a time). JSON lines
 {"benchmark", "case", "metric", "ours", "baseline", "baseline_name", "ratio"}; ratio =
@@ -58,12 +58,35 @@ def signals(rows: int, tokens: int) -> objective.Signals:
     )
 
 
+def episodes(given: objective.Signals) -> objective.Episodes:
+    """The rows as eight episodes a task, a turn for every 32 tokens."""
+    row = jnp.arange(given.mask.shape[0])
+    turn = jnp.broadcast_to(jnp.arange(given.mask.shape[1]) // 32, given.mask.shape)
+    return objective.Episodes(
+        reward=(row % 3 == 0).astype(jnp.float32),
+        success=(row % 3 == 0).astype(jnp.float32),
+        group=row // 8,
+        trajectory=row,
+        skilled=given.skilled,
+        turn=turn,
+        anchor=turn,
+        returns=given.teacher,
+        mask=given.mask,
+        old=given.old,
+        teacher=given.teacher,
+        step=given.step,
+    )
+
+
 def objective_step(name: str):
     chosen = config.Objective(name=name, kl_coefficient=0.01)
     recipe = objective.recipe(name)
 
     def loss(student, divergence, given):
-        moved = dataclasses.replace(given, student=student, divergence=divergence)
+        advantage = recipe.advantage(episodes(given), chosen, given.stalled)
+        moved = dataclasses.replace(
+            given, student=student, divergence=divergence, advantage=advantage
+        )
         output = recipe.loss(moved, chosen)
         total = sum(
             masking.aggregate(term, given.mask, "token-mean")

@@ -145,13 +145,8 @@ def pack(
     group = np.zeros(size, np.int32)
     trajectory = np.full(size, -1, np.int32)
     for b, row in enumerate(rows):
-        replies = [s for s in row.student if s.scored]
-        if row.teacher is not None:
-            _check_same(replies, [s for s in row.teacher if s.scored])
-        count = [len(reply.tokens) for reply in replies]
+        replies, count = _replies(row, scored)
         n = sum(count)
-        if n > scored:
-            raise ValueError(f"a row with {n} scored tokens does not fit {scored}")
         old[b, :n] = np.concatenate([reply.logprobs for reply in replies])
         mask[b, :n] = 1
         segment[b, :n] = np.concatenate(list(row.labels))
@@ -178,6 +173,17 @@ def pack(
         trajectory=trajectory,
         success=success,
     )
+
+
+def _replies(row: Row, scored: int) -> tuple[list[Segment], list[int]]:
+    """The scored segments of a row and their lengths, checked."""
+    replies = [s for s in row.student if s.scored]
+    if row.teacher is not None:
+        _check_same(replies, [s for s in row.teacher if s.scored])
+    count = [len(reply.tokens) for reply in replies]
+    if sum(count) > scored:
+        raise ValueError(f"a row with {sum(count)} scored tokens does not fit {scored}")
+    return replies, count
 
 
 def _check_same(student: Sequence[Segment], teacher: Sequence[Segment]) -> None:

@@ -105,7 +105,8 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
     for name, known in {**CHOICES, **choices}.items():
         if settings[name] not in known:
             raise Refused(
-                f"unknown {name}={settings[name]!r}; known: {', '.join(known)}"
+                f"unknown {name}={settings[name]!r}; known: "
+                + ", ".join(choice or "''" for choice in known)
             )
     for name, value in settings.items():
         if isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,6 +1,7 @@
 """From trajectories to rows: skills come from siblings, faults are left out."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from skillsd_jax import experience
 from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.trajectory import Task, Trajectory, Turn
+
+REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 
 class Words:
@@ -221,3 +224,26 @@ def test_turns_count_on_over_windowed_rows(played, prompter):
     views = experience.views(played, [None] * 4, prompter, settings.Objective())
     first = [list(row.turns) for row in views.rows if row.trajectory == 0]
     assert first == [[0], [1], [2], [3]]
+
+
+def test_the_penalty_of_a_row_agrees_with_the_released_code(prompter):
+    with np.load(REFERENCE / "invalid_penalty.npz") as file:
+        data = dict(file)
+    before = data["scores_before"].sum(-1)
+    trajectories = [
+        dataclasses.replace(
+            episode(prompter, seed, ("look",), False, valid=bool(valid)),
+            reward=float(reward),
+        )
+        for seed, (reward, valid) in enumerate(zip(before, data["is_action_valid"]))
+    ]
+    penalised = experience.views(
+        experience.Experience(trajectories, [0] * 4, 0),
+        [None] * 4,
+        prompter,
+        settings.Objective(
+            statistics="row", invalid_action_penalty=float(data["coef"])
+        ),
+    )
+    after = [row.reward for row in penalised.rows]
+    np.testing.assert_allclose(after, data["scores_after"].sum(-1), rtol=1e-6)

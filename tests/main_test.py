@@ -124,3 +124,13 @@ def test_ci_runs_the_test_command_of_the_readme():
     commands = [line for line in script if "pytest" in line]
     assert commands
     assert all(line in readme.splitlines() for line in commands)
+
+
+def test_the_methods_are_listed_one_line_each():
+    house = f"--config={ROOT / 'configs' / 'household.py'}"
+    done = command(
+        house, "--config.objective.name=help", program=("-m", "skillsd_jax.main")
+    )
+    lines = done.stdout.splitlines()
+    assert {"grpo", "skill_sd", "gigpo"} <= {line.split()[0] for line in lines}
+    assert all(len(line.split()) > 3 for line in lines)

@@ -4,8 +4,8 @@
   python tests/mutate.py gates credit         some modules
 
 A mutant is one file with one change: a sign flipped, + and − or two arguments swapped,
-a stop_gradient, a mask or a `where` dropped, a constant changed, a comparison turned. It is killed when
-the tests of losses/ fail. Those that live and are listed in EQUIVALENT are shown there
+a stop_gradient, a mask or a `where` dropped, a constant changed, a comparison turned.
+It is killed when the tests of losses/ fail; the unchanged file must pass them first. Those that live and are listed in EQUIVALENT are shown there
 to compute the same; any other survivor is a hole in the tests and makes this fail.
 """
 
@@ -52,7 +52,7 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
             changed = _Replace(target, change(target)).visit(fresh)
             text = ast.unparse(ast.fix_missing_locations(changed))
             line = source.splitlines()[node.lineno - 1].strip()
-            yield f"{node.lineno}: {kind}: {line}", text
+            yield f"{node.lineno}: {kind} at {node.col_offset}: {line}", text
 
 
 def _uninteresting(tree: ast.Module) -> set[int]:
@@ -155,14 +155,17 @@ def _passes(tests: list[str], folder: Path) -> bool:
         "PYTHONPATH": str(folder),
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-m", "not slow", *tests],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        timeout=900,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [*command, "-m", "not slow", *tests],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            timeout=900,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
     return done.returncode == 0
 
 
@@ -186,6 +189,9 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
             copying(source, folder / part)
         for file in files:
+            plain = ast.unparse(ast.parse((ROOT / file).read_text()))
+            if not arguments.list and not survives(file, plain, folder):
+                sys.exit(f"the tests fail on {file} as it is")
             for what, text in mutants((ROOT / file).read_text()):
                 label = f"{file.relative_to(LOSSES)}:{what}"
                 if arguments.list:

@@ -33,7 +33,7 @@ def test_every_listed_name_is_a_setting():
         ("rollout.group_size", 5, r"5 must divide rollout.rows=128; .* to 4 or 8"),
         ("rollout.group_size", 256, r"must divide .* to 128"),
         ("rollout.group_size", 0, "must be > 0"),
-        ("teacher.kind", "slow", "'slow'; known: live, periodic, ema, frozen"),
+        ("teacher.kind", "slow", "'slow'; known: '', live, periodic, ema, frozen"),
         ("prompt.context", "full", "known: windowed, whole"),
         ("objective.gate", "sigmoid", "known: gap, entropy, soft_or"),
         ("objective.loss_agg_mode", "mean", "known: token-mean, seq-mean-token-sum"),

@@ -1,6 +1,7 @@
 """Scores against the whole logits."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.tokens import TokenView
 
+REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 CONFIG = qwen.ModelConfig(
     vocab=29, width=16, layers=2, heads=2, kv_heads=1, head_size=8, hidden=24
 )
@@ -123,3 +125,22 @@ def test_a_divergence_never_holds_the_logits_of_the_batch():
     assert f"[4,{CONFIG.vocab}]" in str(program)
     assert f"[12,{CONFIG.vocab}]" not in str(program)
     assert f"[3,4,{CONFIG.vocab}]" not in str(program)
+
+
+def test_scores_agree_with_the_released_code():
+    with np.load(REFERENCE / "prim_logprob_entropy.npz") as file:
+        data = dict(file)
+    rows, scored, vocabulary = data["logits"].shape
+    config = dataclasses.replace(
+        CONFIG, vocab=vocabulary, width=vocabulary, tie_embeddings=False
+    )
+    # The head is the identity: states are logits.
+    voice = scoring.Voice(config, {"head": np.eye(vocabulary)}, data["logits"])
+    view = TokenView(
+        tokens=data["labels"].astype(np.int32),
+        length=np.full(rows, scored, np.int32),
+        scored=np.tile(np.arange(scored, dtype=np.int32), (rows, 1)),
+    )
+    found = scoring.scores(voice, view, 1.0, np.ones((rows, scored)))
+    for value, wanted in ((found.logprob, "logprob"), (found.entropy, "entropy")):
+        np.testing.assert_allclose(value, data[wanted], rtol=2e-4, atol=1e-6)
