@@ -31,7 +31,7 @@ def policy(signals: Signals, objective: config.Objective) -> Output:
         held = policy_gradient.dual_clipped(*views, dual_clip)
         metrics["dual_clip_fraction"] = (held, s.mask)
     loss = policy_gradient.clipped_surrogate(*views, *clips, dual_clip)
-    return Output({"policy": loss * s.mask}, metrics)
+    return Output({"policy": loss}, metrics)
 
 
 def _by_sequence(s: Signals) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
@@ -118,7 +118,7 @@ class Distil:
         weight = by_segment(signals, o.distill_reason_weight, o.distill_action_weight)
         for where in self.weights:
             weight = weight * where(signals, o)
-        loss = scale * weight * output.terms["value"] * signals.mask
+        loss = scale * weight * output.terms["value"]
         return Output({"distillation": loss}, output.metrics)
 
 
