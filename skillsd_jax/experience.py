@@ -14,7 +14,7 @@ from skillsd_jax import prompts
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import retrieval, summarizer
 from skillsd_jax.tokens import Row
-from skillsd_jax.trajectory import Segment, Task, Trajectory
+from skillsd_jax.trajectory import Role, Segment, Task, Trajectory
 
 FAULTS = ("error", "timeout")  # endings that say nothing about the agent
 
@@ -140,6 +140,7 @@ SHOWN = {
     "skill": lambda played, s: retrieve(played, s.bank, s.config, s.rng),
     "sibling": siblings,
     "expert": experts,
+    "rescued": nothing,
     "plain": nothing,
     "": nothing,
 }
@@ -197,7 +198,7 @@ def views(
     skills: Sequence[skill_bank.Skill | None],
     prompter: prompts.Prompter,
     objective: settings.Objective,
-    plain_teacher: bool = False,
+    teacher_reads: str = "skill",
 ) -> Views:
     """One row per context, with the skilled view where a skill is shown.
 
@@ -207,14 +208,21 @@ def views(
       prompter: writes the skill into the task turn.
       objective: invalid_action_penalty is taken from the reward per invalid turn: of
         the episode, or with statistics='row' of the row itself, as released.
-      plain_teacher: the teacher is another model and reads the student's own view.
+      teacher_reads: 'skill': the context with the skill given. 'plain': the
+        student's own view, it is another model. 'played': the context as it was
+        played, where that has a skill; the student's view is then without.
     """
     rows, shown, cut, dropped = [], list(skills), 0, 0
     for index in experience.usable:
         contexts = experience.trajectories[index].contexts
         skilled: Sequence[Sequence[Segment] | None] = [None] * len(contexts)
-        if plain_teacher:
+        if teacher_reads == "plain":
             skilled = contexts
+        if teacher_reads == "played":
+            bare = [_without_skill(context) for context in contexts]
+            pairs = zip(contexts, bare)
+            skilled = [full if len(full) > len(b) else None for full, b in pairs]
+            contexts = bare
         if skills[index] is not None:
             text = summarizer.render(skills[index])
             made = [prompter.skilled(context, text) for context in contexts]
@@ -223,14 +231,19 @@ def views(
             else:
                 skilled = [view for view, _ in made]
                 cut += sum(cuts for _, cuts in made)
-        rows += _rows(experience, index, skilled, prompter, objective)
+        both = list(zip(contexts, skilled))
+        rows += _rows(experience, index, both, prompter, objective)
     return Views(rows, shown, cut, dropped)
+
+
+def _without_skill(context: Sequence[Segment]) -> Sequence[Segment]:
+    return [segment for segment in context if segment.role != Role.SKILL]
 
 
 def _rows(
     experience: Experience,
     index: int,
-    skilled: Sequence[Sequence[Segment] | None],
+    both: Sequence[tuple[Sequence[Segment], Sequence[Segment] | None]],
     prompter: prompts.Prompter,
     objective: settings.Objective,
 ) -> list[Row]:
@@ -241,7 +254,7 @@ def _rows(
     rewards = [turn.reward for turn in trajectory.turns]
     returns = discounted(rewards, objective.discount)
     rows, turn = [], 0
-    for context, view in zip(trajectory.contexts, skilled):
+    for context, view in both:
         replies = [segment for segment in context if segment.scored]
         turns = range(turn, turn + len(replies))
         turn += len(replies)

@@ -12,7 +12,8 @@ from skillsd_jax import experience, imitate, rollout
 from skillsd_jax.environments import base
 from skillsd_jax.losses.objective import Recipe
 from skillsd_jax.skills import bank as skill_bank
-from skillsd_jax.trajectory import Trajectory
+from skillsd_jax.skills import summarizer
+from skillsd_jax.trajectory import Role, Task, Trajectory
 
 Keys = Callable[[int], jax.Array]
 
@@ -54,6 +55,7 @@ class Practice:
       player: who plays.
       environments: instances of the training split.
       keys: sampling key of a draw.
+      expert: writes the skills that failed tasks are played again with.
     """
 
     config: settings.Config
@@ -61,6 +63,7 @@ class Practice:
     player: rollout.Player
     environments: Sequence[base.Environment]
     keys: Keys
+    expert: imitate.Expert
 
     def episodes(self, params: Any, iteration: int, bank: skill_bank.Bank) -> Practiced:
         """A group of episodes for each of `rollout.prompts` tasks.
@@ -69,24 +72,61 @@ class Practice:
         are dropped and others drawn, so often at most (dynamic sampling, DAPO, arXiv
         2503.14476). What is short then stays short.
         """
-        setting = self.config.rollout
-        kept: list[Trajectory] = []
+        setting, size = self.config.rollout, self.config.rollout.group_size
+        kept: list[list[Trajectory]] = []
         hints: list[skill_bank.Skill | None] = []
         played: list[Trajectory] = []
-        size, wanted = setting.group_size, setting.prompts * setting.group_size
         for draw in range(setting.draws):
             episodes, shown = self._draw(params, iteration * setting.draws + draw, bank)
             played += episodes
             for first in range(0, len(episodes), size):
                 group = episodes[first : first + size]
-                if len(kept) < wanted and (setting.draws == 1 or _informative(group)):
-                    kept += group
+                useful = setting.draws == 1 or _informative(group)
+                if len(kept) < setting.prompts and useful:
+                    kept.append(group)
                     hints += shown[first : first + size]
-            if len(kept) == wanted:
+            if len(kept) == setting.prompts:
                 break
-        groups = np.repeat(np.arange(len(kept) // size), size).tolist()
-        found = experience.Experience(kept, groups, iteration)
-        return Practiced(found, played, hints, (len(played) - len(kept)) // size)
+        dropped = len(played) // size - len(kept)
+        if self.recipe.shown == "rescued":
+            kept = self._rescue(params, iteration, kept)
+            hints = [None] * sum(map(len, kept))
+        groups = [index for index, group in enumerate(kept) for _ in group]
+        found = experience.Experience([t for g in kept for t in g], groups, iteration)
+        return Practiced(found, played, hints, dropped)
+
+    def _rescue(
+        self, params: Any, iteration: int, groups: list[list[Trajectory]]
+    ) -> list[list[Trajectory]]:
+        """Groups that nobody solved, played again with an expert's skill in the prompt.
+
+        Where all rewards are equal the policy gradient is zero anyway; the solved
+        episodes take their place, with a reward of 0 to leave it so.
+        """
+        failed = [i for i, g in enumerate(groups) if not any(t.success for t in g)]
+        seeds = [t.task.seed for i in failed for t in groups[i]]
+        if not seeds:
+            return groups
+        again = rollout.collect(
+            self.player,
+            params,
+            self.environments,
+            seeds,
+            jax.random.fold_in(self.keys(iteration), 1),
+            self.config.rollout.temperature,
+            self._expert_text,
+        )
+        saved = iter(again)
+        result = list(groups)
+        for i in failed:
+            replayed = [next(saved) for _ in groups[i]]
+            solved = [t for t in replayed if t.success and _hinted(t)]
+            result[i] = [dataclasses.replace(t, reward=0.0) for t in solved]
+        return result
+
+    def _expert_text(self, task: Task) -> str | None:
+        skill = self.expert.skill(task.seed)
+        return None if skill is None else summarizer.render(skill)
 
     def _draw(self, params, draw: int, bank: skill_bank.Bank):
         config = self.config
@@ -117,6 +157,10 @@ class Practice:
             imitate.recorded(prompter, imitate.play(environment, int(seed), rng))
             for seed in seeds
         ]
+
+
+def _hinted(trajectory: Trajectory) -> bool:
+    return any(s.role == Role.SKILL for c in trajectory.contexts for s in c)
 
 
 def _informative(group: Sequence[Trajectory]) -> bool:

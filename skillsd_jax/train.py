@@ -148,14 +148,15 @@ class Run:
         self.recipe = recipe(config.objective.name)
         self.host: dict[str, Any] = {}
         self._make_learner()
+        self.expert = imitate.Expert(config.environment)
         self.practice = practice.Practice(
             config,
             self.recipe,
             self.player,
             self.train_environments,
             functools.partial(key_for, config.seed, "rollout"),
+            self.expert,
         )
-        self.expert = imitate.Expert(config.environment)
         self.bank = skill_bank.Bank(config.skills.capacity)
         self.environment_steps = 0
         with self.clock("panels"):
@@ -196,7 +197,7 @@ class Run:
         """Goes from where the run stands to its summary."""
         start = self._restore()
         with self.clock("compile"):
-            rollout.warm_up(self.player, self.state.params, self.recipe.student_skill)
+            rollout.warm_up(self.player, self.state.params, self.recipe.hinted)
         if not self.host:
             self.progress.say("before: student on the test panel, teacher on its own")
             with self.clock("evaluate"):
@@ -274,7 +275,7 @@ class Run:
             experience.SHOWN[self.recipe.shown](played, sources),
             self.player.prompter,
             self.config.objective,
-            plain_teacher=self.recipe.shown == "plain",
+            {"plain": "plain", "rescued": "played"}.get(self.recipe.shown, "skill"),
         )
 
     def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.TokenBatch:

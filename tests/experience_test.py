@@ -124,9 +124,27 @@ def test_another_model_reads_the_plain_view(played, prompter):
         experience.nothing(played, sources()),
         prompter,
         settings.Objective(),
-        plain_teacher=True,
+        teacher_reads="plain",
     )
     assert made.rows and all(row.teacher == row.student for row in made.rows)
+
+
+def test_an_episode_played_with_a_skill_is_learned_without_it(played, prompter):
+    text = "go to fridge 1"
+    hinted = [
+        prompter.skilled(context, text)[0]
+        for context in played.trajectories[0].contexts
+    ]
+    first = dataclasses.replace(played.trajectories[0], contexts=tuple(hinted))
+    both = experience.Experience([first, played.trajectories[2]], [0, 1], 0)
+    made = experience.views(
+        both, [None, None], prompter, settings.Objective(), teacher_reads="played"
+    )
+    rescued = [row for row in made.rows if row.trajectory == 0]
+    assert [row.teacher for row in rescued] == hinted
+    for row, plain in zip(rescued, played.trajectories[0].contexts):
+        assert [s.role for s in row.student] == [s.role for s in plain]
+    assert all(row.teacher is None for row in made.rows if row.trajectory == 1)
 
 
 def test_returns_are_discounted_sums_of_what_is_still_to_come():

@@ -258,6 +258,7 @@ MEANINGS = {
     "opd": ("plain", "external", "rollouts", "k1_reward"),
     "rlsd": ("skill", "", "rollouts", None),
     "sdpo": ("sibling", "ema", "rollouts", "topk_tail"),
+    "hdpo": ("rescued", "", "rollouts", "full_jsd"),
     "tcod": ("plain", "external", "rollouts", None),
     "opid": ("skill", "live", "rollouts", None),
     "grsd": ("skill", "live", "rollouts", None),

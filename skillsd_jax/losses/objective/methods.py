@@ -97,6 +97,13 @@ OBJECTIVES = {
             "topk_select": "student",
         },
     ),
+    "hdpo": Recipe(
+        "GRPO + λ JSD on tasks a group failed, played again with an expert's skill",
+        source="arXiv 2603.23871, algorithm 1",
+        terms=(*GRPO, Distil("full_jsd", "sdl_lambda")),
+        shown="rescued",
+        settings={"per_skilled_token": True, "jsd_alpha": 0.5},
+    ),
     "tcod": Recipe(
         "Δ to another model as the advantage, on a window of turns that grows",
         source="arXiv 2604.24005, forward to backward",

@@ -33,7 +33,9 @@ class Recipe:
       baseline: advantage of the whole iteration.
       shown: what the teacher is shown: 'skill' of the bank; 'sibling', a skill written
         from a solved episode of the group; 'expert', one from an expert's episode of
-        the task; 'plain', nothing: it is another model; '': there is no teacher.
+        the task; 'rescued', the expert's that an episode was played with, where a
+        whole group had failed; 'plain', nothing: it is another model; '': there is no
+        teacher.
       teacher: the kind of teacher the name means; '' leaves it to teacher.kind.
       student_skill: the student acts and learns with a skill in its own prompt.
       data: 'rollouts', or 'expert': recorded episodes of the scripted expert.
@@ -125,6 +127,11 @@ class Recipe:
         for shape in self.credits:
             advantage = shape(episodes, objective, advantage)
         return stop_gradient(jnp.where(episodes.mask > 0, advantage, 0))
+
+    @property
+    def hinted(self) -> bool:
+        """Whether some rollouts have a skill in their prompt."""
+        return self.student_skill or self.shown == "rescued"
 
     @property
     def rewarded(self) -> bool:
