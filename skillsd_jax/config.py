@@ -93,8 +93,8 @@ class Rollout:
 @dataclasses.dataclass
 class Objective:
     name: str = "skill_sd"
-    sdl_lambda: float = 0.3  # λ of skill_sd
-    sdar_coef: float = 0.3  # λ of sdar
+    sdl_lambda: float = 0.1  # λ of skill_sd
+    sdar_coef: float = 0.1  # λ of sdar
     gate_beta: float = 5.0  # β of the gate
     gate: str = "gap"  # gap, entropy, soft_or
     clip_low: float = 0.2
