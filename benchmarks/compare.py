@@ -1,8 +1,9 @@
 """Compares runs that differ in objective and seed: a table with paired intervals.
 
   python benchmarks/compare.py runs/household-*
+  python benchmarks/compare.py runs/alfworld-* --plot=curves.png
 
-Every folder must hold summary.json. Runs are paired by seed: the warm start, the
+Every folder must hold summary.json; the curves are of its metrics.jsonl. Runs are paired by seed: the warm start, the
 panel and the environment steps are the same, so the difference between objectives is
 taken seed by seed. The interval is Student's t over the differences, 95 %.
 """
@@ -13,6 +14,7 @@ import json
 import math
 from pathlib import Path
 
+COLOURS = {"grpo": "#999999", "skill_sd": "#228833", "sdar": "#aa3377"}
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -38,6 +40,47 @@ def check_same(runs: dict[str, dict[int, dict]]) -> None:
             raise SystemExit(f"seed {seed}: runs differ in panel or warm start: {seen}")
 
 
+def curve(folder: Path, summary: dict) -> tuple[list[int], list[float]]:
+    """Environment steps and success on the panel: before, during, after."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "evaluation" in row]
+    steps = [row["environment_steps"] for row in rows]
+    success = [row["evaluation"]["success"] for row in rows]
+    before, after = summary["before"]["success"], summary["after"]["success"]
+    return [0, *steps, summary["environment_steps"]], [before, *success, after]
+
+
+def plot(folders: list[str], path: str) -> None:
+    """A thin line a run, a thick one for the mean of an objective."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    curves = collections.defaultdict(list)
+    for folder in map(Path, folders):
+        summary = json.loads((folder / "summary.json").read_text())
+        curves[summary["config"]["objective"]["name"]].append(curve(folder, summary))
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, runs in sorted(curves.items()):
+        for steps, success in runs:
+            axes.plot(
+                steps, [100 * s for s in success], color=COLOURS.get(name), lw=0.6
+            )
+        points = min(len(steps) for steps, _ in runs)
+        mean = [
+            [sum(run[k][i] for run in runs) / len(runs) for i in range(points)]
+            for k in (0, 1)
+        ]
+        success = [100 * s for s in mean[1]]
+        axes.plot(mean[0], success, color=COLOURS.get(name), lw=2.5, label=name)
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("held-out success, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % interval."""
     n = len(values)
@@ -57,7 +100,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--baseline", default="grpo")
+    parser.add_argument("--plot", help="PNG of the curves; needs matplotlib")
     arguments = parser.parse_args()
+    if arguments.plot:
+        plot(arguments.folders, arguments.plot)
     runs = load(arguments.folders)
     check_same(runs)
     print("| objective | seeds | before | after | greedy | minus baseline |")

@@ -50,8 +50,6 @@ def _embedded() -> Config:
     config.prompt.max_prompt_length = 56  # twenty receptacles by name: up to 50
     config.prompt.max_skill_length = 32  # two places, a tool and their doors: up to 30
     config.iterations = 50  # held-out success still rises at 40
-    # A clone of a noisy player holds this student back: docs/experiments.md.
-    config.objective.sdl_lambda = config.objective.sdar_coef = 0.1
     config.imitate.steps = 1800  # plain success appears after 800
     config.imitate.episodes = 3000  # five of each game
     config.imitate.tasks = 600  # the same games

@@ -39,6 +39,7 @@ def _embedded() -> Config:
     config.prompt.max_prompt_length = 64  # a grid and three squares: 56
     config.prompt.max_skill_length = 56  # four tokens per move of the plan
     config.iterations = 30  # fits a quarter of an hour
+    config.objective.sdl_lambda = config.objective.sdar_coef = 0.3  # no sweep was run
     config.imitate.steps = 1000  # looking up advice by state is learned late
     config.evaluate.tasks = 128  # games of the test panel
     config.evaluate.samples = 2  # halves the sampling noise of a game

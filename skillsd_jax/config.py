@@ -95,8 +95,8 @@ class Rollout:
 @dataclasses.dataclass
 class Objective:
     name: str = "skill_sd"  # 'help' lists them
-    sdl_lambda: float = 0.3  # λ of skill_sd and grpo_opsd
-    sdar_coef: float = 0.3  # λ of sdar
+    sdl_lambda: float = 0.1  # λ of skill_sd and grpo_opsd
+    sdar_coef: float = 0.1  # λ of sdar
     estimator: str = ""  # of opsd, grpo_opsd, opd; "": the method's own
     topk: int = 100  # words that topk_tail keeps apart
     topk_kind: str = "jsd"  # forward_kl, reverse_kl, jsd

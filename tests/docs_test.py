@@ -63,7 +63,7 @@ def test_the_documented_method_works_and_has_fifteen_lines(written, signals):
     assert recipe.required(config.objective) == {"entropy", "teacher"}
     terms = recipe.loss(signals, config.objective).terms
     gap = signals.teacher - signals.student
-    wanted = 0.3 * gap**2 / 2 * signals.mask * signals.skilled[:, None]
+    wanted = 0.1 * gap**2 / 2 * signals.mask * signals.skilled[:, None]
     np.testing.assert_allclose(terms["distillation"], wanted, rtol=1e-5)
 
 

@@ -189,7 +189,7 @@ def test_a_retired_teacher_teaches_no_more(params):
     for _ in range(5):
         state, sums = made.update(state, arranged)
         seen.append(learner.means(sums)["coefficient_sdl_lambda"])
-    np.testing.assert_allclose(seen, [0.3, 0.3, 0.3, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(seen, [0.1, 0.1, 0.1, 0, 0], atol=1e-7)
 
 
 def test_a_live_teacher_is_the_student_itself(params):

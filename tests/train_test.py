@@ -123,7 +123,7 @@ def test_the_warm_start_is_the_same_for_every_objective(finished):
 
 def test_a_workdir_of_another_config_is_refused_with_the_difference(finished):
     tmp, _ = finished
-    with pytest.raises(validation.Refused, match=r"objective.sdl_lambda: 0.3 there"):
+    with pytest.raises(validation.Refused, match=r"objective.sdl_lambda: 0.1 there"):
         train.run(toy(tmp, sdl_lambda=0.5), str(tmp / "work"))
 
 

@@ -205,7 +205,7 @@ def expected(words, name, sampler, teacher, **changes):
 
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize(
-    "name, scale", [("skill_sd", 0.3), ("grpo_opsd", 0.3), ("opsd", 1), ("opd", 1)]
+    "name, scale", [("skill_sd", 0.1), ("grpo_opsd", 0.1), ("opsd", 1), ("opd", 1)]
 )
 def test_a_method_of_the_reverse_kl_follows_it(words, name, scale, on_policy):
     sampler = words.student if on_policy else words.old
@@ -227,7 +227,7 @@ def test_the_released_grpo_opsd_has_no_signal_in_expectation(words):
 def test_for_small_gaps_sdar_follows_the_reverse_kl(words, name):
     teacher = words.log_softmax(words.student + 1e-3 * words.teacher)
     gradient = expected(words, name, words.student, teacher)
-    wanted = 0.3 * 5 / 4 * words.reverse_kl_gradient(teacher)
+    wanted = 0.1 * 5 / 4 * words.reverse_kl_gradient(teacher)
     np.testing.assert_allclose(gradient, wanted, rtol=1e-3, atol=1e-8)
 
 
@@ -596,12 +596,12 @@ def test_schedules_change_coefficients_and_are_logged(signals):
         schedules="sdar_coef=linear:4,gate_beta=growing:6,entropy_coefficient=constant",
     )
     output = objective.recipe("sdar").loss(signals, chosen)
-    now = settings("sdar", sdar_coef=0.3 / 4, gate_beta=2.5)
+    now = settings("sdar", sdar_coef=0.1 / 4, gate_beta=2.5)
     wanted = objective.recipe("sdar").loss(signals, now)
     np.testing.assert_allclose(
         output.terms["distillation"], wanted.terms["distillation"], rtol=1e-6
     )
-    for name, value in (("sdar_coef", 0.075), ("gate_beta", 2.5)):
+    for name, value in (("sdar_coef", 0.025), ("gate_beta", 2.5)):
         logged, weight = output.metrics[f"coefficient_{name}"]
         np.testing.assert_allclose(logged, value, rtol=1e-6)
         np.testing.assert_array_equal(weight, signals.mask)
@@ -648,7 +648,7 @@ def test_distillation_may_be_divided_by_skilled_tokens(signals):
     only = signals.mask * signals.skilled[:, None]
     np.testing.assert_allclose(
         masking.token_mean(found, signals.mask),
-        0.3 * masking.token_mean(values, only),
+        0.1 * masking.token_mean(values, only),
         rtol=1e-5,
     )
 
