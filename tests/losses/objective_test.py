@@ -343,7 +343,9 @@ def test_the_gate_is_the_one_that_is_set(signals):
     for gate, wanted in expected.items():
         chosen = settings("sdar", gate=gate, gate_beta=2.0, sdar_coef=1.0)
         output = objective.recipe("sdar").loss(signals, chosen)
-        np.testing.assert_array_equal(output.metrics["gate"][0], wanted)
+        taught = s.skilled > 0
+        found, _ = output.metrics["gate"]
+        np.testing.assert_array_equal(found[taught], wanted[taught])
         np.testing.assert_allclose(
             output.terms["distillation"],
             s.skilled[:, None] * wanted * (s.teacher - s.student),
@@ -568,7 +570,7 @@ def test_sdpo_cuts_the_importance_weight_at_two(signals):
     wanted = share * signals.skilled[:, None] * rho * signals.divergence * signals.mask
     np.testing.assert_allclose(found["distillation"], wanted, rtol=1e-5)
     skilled = (signals.skilled[:, None] * signals.mask) > 0
-    assert (np.exp(signals.student - signals.old)[skilled] > 3).any()
+    assert (np.exp(signals.student - signals.old)[skilled] > 2.1).any()
 
 
 def test_weights_of_failed_groups_and_of_missing_signals(signals):
@@ -668,7 +670,7 @@ def test_a_new_method_is_a_term_and_an_entry(signals):
 
     twice = objective.Recipe("k2, twice", source="ours", terms=(plain_k2, plain_k2))
     terms = twice.loss(signals, settings()).terms
-    expected = (signals.student - signals.teacher) ** 2
+    expected = (signals.student - signals.teacher) ** 2 * signals.skilled[:, None]
     np.testing.assert_allclose(terms["distillation"], expected, rtol=1e-5)
 
 
