@@ -1,8 +1,8 @@
 """ALFWorld on the real TextWorld engine, after SDAR (arXiv 2605.15155) and Skill-SD.
 
 Command: python -m skillsd_jax.main --config=configs/alfworld.py
-Hardware: a laptop's CPU; 19 minutes on two cores, caches empty. Success on unseen
-kitchens at T = 0.4, seeds 0, 1, 2: 37 → 73, 23 → 62, 30 → 55 %.
+Hardware: a laptop's CPU; 13 minutes on two cores, caches empty. Success on unseen
+kitchens at T = 0.4, seeds 0, 1, 2: 37 → 71, 23 → 62, 30 → 55 %.
 
 The embedded default restricts the world so that it fits minutes: kitchens, the four
 families pick, clean, heat and cool, at most 20 receptacles, 15 turns. Everything:

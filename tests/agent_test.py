@@ -160,7 +160,7 @@ def test_a_setting_that_matters_makes_another(name, change):
 @pytest.mark.parametrize(
     "change",
     [
-        {"objective__name": "grpo", "objective__sdl_lambda": 0.1},
+        {"objective__name": "grpo", "objective__sdl_lambda": 0.7},
         {"teacher__kind": "live", "teacher__every": 3},
         {"skills__retrieval": "random", "optimizer__learning_rate": 1.0},
         {"rollout__rows": 4, "rollout__temperature": 0.5},
