@@ -5,19 +5,22 @@
 
 A mutant is one file with one change: a sign flipped, + and − or two arguments swapped,
 a stop_gradient, a mask or a `where` dropped, a constant changed, a comparison turned.
-It is killed when the tests of losses/ fail; the unchanged file must pass them first. Those that live and are listed in EQUIVALENT are shown there
-to compute the same; any other survivor is a hole in the tests and makes this fail.
+It is killed when the tests of losses/ fail; the unchanged file must pass them first.
+Those that live and are listed in EQUIVALENT are shown there to compute the same; any
+other survivor is a hole in the tests and makes this fail.
 """
 
 import argparse
 import ast
 import copy
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +28,7 @@ LOSSES = Path("skillsd_jax/losses")
 
 # (module, what the change is) → why it computes the same.
 EQUIVALENT: dict[tuple[str, str], str] = {}
+UNCHANGED = "unchanged"
 
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 TURNS = {
@@ -134,15 +138,13 @@ def survives(module: Path, text: str, folder: Path) -> bool:
     path = folder / module
     original = path.read_text()
     path.write_text(text)
-    name = "objective" if "objective" in module.parts else module.stem
-    own = [f"tests/losses/{name}_test.py"]
-    every = [*own, "tests/losses"]
+    own = f"tests/losses/{module.stem}_test.py"
+    if not (folder / own).exists():
+        own = "tests/losses/objective_test.py"
     try:
-        for tests in (own, every):
-            present = [t for t in tests if (folder / t).exists()]
-            if present and not _passes(present, folder):
-                return False
-        return True
+        return _passes([own], folder) and _passes(
+            ["tests/losses", f"--ignore={own}"], folder
+        )
     finally:
         path.write_text(original)
 
@@ -150,6 +152,9 @@ def survives(module: Path, text: str, folder: Path) -> bool:
 def _passes(tests: list[str], folder: Path) -> bool:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONPATH": str(folder),
@@ -169,10 +174,40 @@ def _passes(tests: list[str], folder: Path) -> bool:
     return done.returncode == 0
 
 
+def verdicts(files: list[Path], scratch: Path, jobs: int) -> Iterator[tuple]:
+    """(file, description, whether it lives) of every mutant, `jobs` at a time."""
+    folders: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    for job in range(jobs):
+        folder = scratch / f"copy{job}"
+        folder.mkdir()
+        for part in ("skillsd_jax", "tests", "pyproject.toml"):
+            source = ROOT / part
+            copying = shutil.copytree if source.is_dir() else shutil.copy
+            copying(source, folder / part)
+        folders.put(folder)
+
+    def judge(task: tuple[Path, str, str]) -> tuple[Path, str, bool]:
+        file, what, text = task
+        folder = folders.get()
+        try:
+            return file, what, survives(file, text, folder)
+        finally:
+            folders.put(folder)
+
+    tasks = []
+    for file in files:
+        source = (ROOT / file).read_text()
+        tasks.append((file, UNCHANGED, ast.unparse(ast.parse(source))))
+        tasks += [(file, what, text) for what, text in mutants(source)]
+    with futures.ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(judge, tasks)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("modules", nargs="*", help="stems of files; default: all")
     parser.add_argument("--list", action="store_true", help="count, run nothing")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants tested at once")
     arguments = parser.parse_args()
     files = [
         f.relative_to(ROOT)
@@ -180,34 +215,27 @@ def main() -> None:
         if f.name != "__init__.py"
         and (not arguments.modules or f.stem in arguments.modules)
     ]
-    counts, holes = {"killed": 0, "equivalent": 0, "alive": 0}, []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "copy"
-        for part in ("skillsd_jax", "tests", "pyproject.toml"):
-            source = ROOT / part
-            copying = shutil.copytree if source.is_dir() else shutil.copy
-            folder.mkdir(exist_ok=True)
-            copying(source, folder / part)
+    if arguments.list:
         for file in files:
-            plain = ast.unparse(ast.parse((ROOT / file).read_text()))
-            if not arguments.list and not survives(file, plain, folder):
-                sys.exit(f"the tests fail on {file} as it is")
-            for what, text in mutants((ROOT / file).read_text()):
-                label = f"{file.relative_to(LOSSES)}:{what}"
-                if arguments.list:
-                    print(label)
-                    continue
-                key = (str(file.relative_to(LOSSES)), what.split(": ", 1)[1])
-                if not survives(file, text, folder):
-                    counts["killed"] += 1
-                elif key in EQUIVALENT:
-                    counts["equivalent"] += 1
-                else:
-                    counts["alive"] += 1
-                    holes.append(label)
-                    print("alive", label, flush=True)
+            for what, _ in mutants((ROOT / file).read_text()):
+                print(f"{file.relative_to(LOSSES)}:{what}")
+        return
+    counts = {"killed": 0, "equivalent": 0, "alive": 0}
+    with tempfile.TemporaryDirectory() as scratch:
+        for file, what, lives in verdicts(files, Path(scratch), arguments.jobs):
+            module = str(file.relative_to(LOSSES))
+            if what == UNCHANGED:
+                if not lives:
+                    sys.exit(f"the tests fail on {file} as it is")
+            elif not lives:
+                counts["killed"] += 1
+            elif (module, what.split(": ", 1)[1]) in EQUIVALENT:
+                counts["equivalent"] += 1
+            else:
+                counts["alive"] += 1
+                print("alive", f"{module}:{what}", flush=True)
     print(counts)
-    sys.exit(bool(holes))
+    sys.exit(bool(counts["alive"]))
 
 
 if __name__ == "__main__":
