@@ -30,6 +30,15 @@ def test_token_mean_is_over_the_mask_or_the_given_count():
     np.testing.assert_allclose(masking.token_mean(VALUES, MASK, count=14), 0.5)
 
 
+def test_a_fractional_mask_is_a_weight():
+    mask = np.array([0.5, 0, 0.25], np.float32)
+    values = np.array([1, np.nan, 3], np.float32)
+    # (0.5 · 1 + 0.25 · 3) / 0.75
+    np.testing.assert_allclose(masking.token_mean(values, mask), 5 / 3, rtol=1e-6)
+    summed = masking.aggregate(values[None], mask[None], "seq-mean-token-sum")
+    np.testing.assert_allclose(summed, 1.25, rtol=1e-6)
+
+
 def test_norm_divides_by_the_given_length():
     value = masking.aggregate(VALUES, MASK, "seq-mean-token-sum-norm", max_length=14)
     np.testing.assert_allclose(value, 0.5)
