@@ -13,15 +13,21 @@ other survivor is a hole in the tests and makes this fail.
 import argparse
 import ast
 import copy
+import importlib
+import multiprocessing
 import os
-import queue
+import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = Path("skillsd_jax/losses")
@@ -29,6 +35,8 @@ LOSSES = Path("skillsd_jax/losses")
 # (module, what the change is) → why it computes the same.
 EQUIVALENT: dict[tuple[str, str], str] = {}
 UNCHANGED = "unchanged"
+KILLERS = 12  # tests that are tried before the others
+SECONDS = 900  # a mutant that runs longer is dead
 
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 TURNS = {
@@ -133,74 +141,113 @@ class _Replace(ast.NodeTransformer):
         return super().visit(node)
 
 
-def survives(module: Path, text: str, folder: Path) -> bool:
-    """Whether every test of losses/ passes with this text in place of the module."""
-    path = folder / module
-    original = path.read_text()
-    path.write_text(text)
-    own = f"tests/losses/{module.stem}_test.py"
-    if not (folder / own).exists():
-        own = "tests/losses/objective_test.py"
-    try:
-        return _passes([own], folder) and _passes(
-            ["tests/losses", f"--ignore={own}"], folder
-        )
-    finally:
-        path.write_text(original)
+class Judge:
+    """One worker's copy of the project, and which tests have killed there before.
 
+    Tests run in forks of a process that holds the libraries but nothing of ours; those
+    that killed a mutant of the same file come first, for they will kill the next.
+    """
 
-def _passes(tests: list[str], folder: Path) -> bool:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(folder),
-    }
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    try:
-        done = subprocess.run(
-            [*command, "-m", "not slow", *tests],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            timeout=900,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
-
-
-def verdicts(files: list[Path], scratch: Path, jobs: int) -> Iterator[tuple]:
-    """(file, description, whether it lives) of every mutant, `jobs` at a time."""
-    folders: queue.SimpleQueue[Path] = queue.SimpleQueue()
-    for job in range(jobs):
-        folder = scratch / f"copy{job}"
-        folder.mkdir()
+    def __init__(self, scratch: Path):
+        self.folder = Path(tempfile.mkdtemp(dir=scratch))
+        self.killers: dict[Path, list[str]] = {}
         for part in ("skillsd_jax", "tests", "pyproject.toml"):
             source = ROOT / part
             copying = shutil.copytree if source.is_dir() else shutil.copy
-            copying(source, folder / part)
-        folders.put(folder)
+            copying(source, self.folder / part)
 
-    def judge(task: tuple[Path, str, str]) -> tuple[Path, str, bool]:
-        file, what, text = task
-        folder = folders.get()
+    def survives(self, module: Path, text: str) -> bool:
+        """Whether every test of losses/ passes with this text in place of the module."""
+        path = self.folder / module
+        original = path.read_text()
+        path.write_text(text)
+        known = self.killers.setdefault(module, [])
+        own = f"tests/losses/{module.stem}_test.py"
+        if not (self.folder / own).exists():
+            own = "tests/losses/objective_test.py"
+        rest = ["tests/losses", f"--ignore={own}"]
         try:
-            return file, what, survives(file, text, folder)
+            for tests in ([*known[:KILLERS]], [own], rest):
+                killer = self._failing(tests) if tests else None
+                if killer:
+                    known[:] = [killer, *(test for test in known if test != killer)]
+                if killer is not None:
+                    return False
+            return True
         finally:
-            folders.put(folder)
+            path.write_text(original)
 
+    def _failing(self, tests: list[str]) -> str | None:
+        """The first test that fails, '' if it has no name; None: all pass."""
+        output = self.folder / "output"
+        child = os.fork()
+        if not child:
+            self._run(tests, output)
+        late = threading.Timer(SECONDS, os.kill, (child, signal.SIGKILL))
+        late.start()
+        _, status = os.waitpid(child, 0)
+        late.cancel()
+        if os.waitstatus_to_exitcode(status) == 0:
+            return None
+        named = re.search(r"^FAILED (.+?)(?: - .*)?$", output.read_text(), re.MULTILINE)
+        return named[1] if named else ""
+
+    def _run(self, tests: list[str], output: Path) -> NoReturn:
+        stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        os.chdir(self.folder)
+        sys.path.insert(0, str(self.folder))
+        sys.dont_write_bytecode = True
+        quiet = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        os._exit(int(pytest.main([*quiet, *tests])))
+
+
+_judge: Judge | None = None  # each worker's own
+
+
+def _prepare(scratch: Path) -> None:
+    global _judge
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    for library in ("jax", "chex", "flax.nnx", "hypothesis.strategies", "optax"):
+        importlib.import_module(library)
+    _judge = Judge(scratch)
+
+
+def _lives(file: Path, text: str) -> bool:
+    return _judge.survives(file, text)
+
+
+def verdicts(files: list[Path], jobs: int) -> Iterator[tuple[Path, str, bool]]:
+    """(file, description, whether it lives) of every mutant, `jobs` at a time."""
     tasks = []
     for file in files:
         source = (ROOT / file).read_text()
         tasks.append((file, UNCHANGED, ast.unparse(ast.parse(source))))
-        tasks += [(file, what, text) for what, text in mutants(source)]
-    with futures.ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(judge, tasks)
+        tasks += [
+            (file, what, text)
+            for what, text in mutants(source)
+            if key(file, what) not in EQUIVALENT
+        ]
+    fork = multiprocessing.get_context("fork")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        futures.ProcessPoolExecutor(jobs, fork, _prepare, (Path(scratch),)) as pool,
+    ):
+        pending = [pool.submit(_lives, file, text) for file, _, text in tasks]
+        for (file, what, _), one in zip(tasks, pending):
+            yield file, what, one.result()
+
+
+def key(file: Path, what: str) -> tuple[str, str]:
+    """How EQUIVALENT names a mutant: its line may move."""
+    return str(file.relative_to(LOSSES)), what.split(": ", 1)[1]
 
 
 def main() -> None:
@@ -220,21 +267,17 @@ def main() -> None:
             for what, _ in mutants((ROOT / file).read_text()):
                 print(f"{file.relative_to(LOSSES)}:{what}")
         return
-    counts = {"killed": 0, "equivalent": 0, "alive": 0}
-    with tempfile.TemporaryDirectory() as scratch:
-        for file, what, lives in verdicts(files, Path(scratch), arguments.jobs):
-            module = str(file.relative_to(LOSSES))
-            if what == UNCHANGED:
-                if not lives:
-                    sys.exit(f"the tests fail on {file} as it is")
-            elif not lives:
-                counts["killed"] += 1
-            elif (module, what.split(": ", 1)[1]) in EQUIVALENT:
-                counts["equivalent"] += 1
-            else:
-                counts["alive"] += 1
-                print("alive", f"{module}:{what}", flush=True)
-    print(counts)
+    counts = {"killed": 0, "alive": 0}
+    for file, what, lives in verdicts(files, arguments.jobs):
+        if what == UNCHANGED:
+            if not lives:
+                sys.exit(f"the tests fail on {file} as it is")
+            print(counts, file, file=sys.stderr, flush=True)
+            continue
+        counts["alive" if lives else "killed"] += 1
+        if lives:
+            print("alive", f"{file.relative_to(LOSSES)}:{what}", flush=True)
+    print(counts | {"equivalent": len(EQUIVALENT)})
     sys.exit(bool(counts["alive"]))
 
 
