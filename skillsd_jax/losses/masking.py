@@ -15,7 +15,7 @@ def _tokens(mask: Float[Array, "B R"]) -> Float[Array, ""]:
 
 
 def _rows(mask: Float[Array, "B R"]) -> Float[Array, ""]:
-    return jnp.sum(jnp.any(mask != 0, axis=-1), dtype=mask.dtype)
+    return jnp.sum(jnp.any(mask != 0, axis=1), dtype=mask.dtype)
 
 
 def _per_length(mask: Float[Array, "B R"]) -> Float[Array, ""]:
@@ -86,11 +86,11 @@ def aggregate(
     """
     local = count_of(mask, mode)
     values, mask = widen(values, mask)
-    sums = jnp.sum(_selected(values, mask), axis=-1)
+    sums = jnp.sum(_selected(values, mask), axis=1)
     if mode == "seq-mean-token-sum-norm":
-        return jnp.sum(sums) / (max_length or values.shape[-1])
+        return jnp.sum(sums) / (max_length or values.shape[1])
     if mode == "seq-mean-token-mean":
-        sums = _divide(sums, jnp.sum(mask, axis=-1))
+        sums = _divide(sums, jnp.sum(mask, axis=1))
     return _divide(jnp.sum(sums), local if count is None else count)
 
 

@@ -43,7 +43,7 @@ def group_advantage(
     peers = _same(group, real)
     mates = _same(jnp.arange(group.size) if trajectory is None else trajectory, real)
     mates = mates & peers
-    least = jnp.min(jnp.where(peers, reward, jnp.inf), axis=-1)
+    least = jnp.min(jnp.where(peers, reward, jnp.inf), axis=1)
     mean, deviation, lone = _statistics(reward - least, peers, mates)
     advantage = reward - least - mean
     if normalize_std:
@@ -62,7 +62,7 @@ def _statistics(
       peers: which rows share a group.
       mates: which rows share an episode.
     """
-    share = 1 / jnp.sum(mates, axis=-1)  # of its episode that a row stands for
+    share = 1 / jnp.sum(mates, axis=1)  # of its episode that a row stands for
     value = share * _sum(reward, mates)
     n = _sum(share, peers)
     lone = n < 1.5  # whole but for rounding
@@ -79,7 +79,7 @@ def _same(ids: Int[Array, "B"], real: Bool[Array, "B"]) -> Bool[Array, "B B"]:
 
 def _sum(values: Float[Array, "B"], same: Bool[Array, "B B"]) -> Float[Array, "B"]:
     # Not same @ values: accelerators multiply matrices in lower precision.
-    return jnp.sum(jnp.where(same, values, 0), axis=-1)
+    return jnp.sum(jnp.where(same, values, 0), axis=1)
 
 
 def ratio(
@@ -153,7 +153,7 @@ def sequence_log_ratio(
     """
     student, old, mask = widen(student, old, mask)
     log_ratio = jnp.where(mask != 0, student - stop_gradient(old), 0) * mask
-    return jnp.sum(log_ratio, axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
+    return jnp.sum(log_ratio, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
 
 
 def _k3(d: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -162,7 +162,7 @@ def _k3(d: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def _k3_clamped(d: Float[Array, "..."]) -> Float[Array, "..."]:
     # The inner clip changes nothing: k3 is beyond 10 there. It keeps exp finite.
-    return jnp.clip(_k3(jnp.clip(d, -20, 20)), -10, 10)
+    return jnp.minimum(_k3(jnp.clip(d, -20, 20)), 10)
 
 
 KINDS = {
@@ -179,8 +179,8 @@ def reference_kl(
 ) -> Float[Array, "..."]:
     """Estimate of KL(π_θ‖π_ref) at a sampled token, d = log π_ref − log π_θ.
 
-    k1 = −d, k2 = d²/2, k3 = e^d − d − 1, k3_clamped = clip(k3, ±10) with zero gradient
-    outside (the released low_var_kl), abs = |d|.
+    k1 = −d, k2 = d²/2, k3 = e^d − d − 1, k3_clamped = min(k3, 10) with zero gradient
+    beyond (the released low_var_kl), abs = |d|.
 
     Source: joschu.net/blog/kl-approx.html; github.com/ZJU-REAL/SDAR at 8b85c23.
     """

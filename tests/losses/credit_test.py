@@ -162,39 +162,33 @@ def test_ids_are_dense_and_equal_where_all_keys_are():
     assert sorted(set(ids.ravel().tolist())) == [0, 1, 2, 3]
 
 
-def test_nothing_outside_the_mask_reaches_a_credit(turns):
-    def everything(gap, reward):
-        return (
-            credit.belief_multiplier(
-                turns["advantage"],
-                gap,
-                turns["mask"],
-                (turns["spread"], turns["turn"]),
-                np.full((7, 5), 0.4),
-                (0.9, 0.2),
-            ),
-            credit.grsd_multiplier(
-                turns["advantage"],
-                gap,
-                turns["mask"],
-                (
-                    credit.ranks(turns["spread"], turns["turn"]),
-                    0 * turns["spread"],
-                ),
-                0.5,
-                3.0,
-            ),
-            credit.step_advantage(
-                reward,
-                turns["mask"],
-                credit.ranks(turns["spread"], turns["turn"]),
-                0 * turns["turn"],
-                True,
-            ),
-        )
+def every_credit(turns, turn, gap, advantage, returns):
+    """All three, on the same turns."""
+    mask, unit = turns["mask"], credit.ranks(turns["spread"], turn)
+    order, prior = (turns["spread"], turn), np.full((7, 5), 0.4)
+    same = np.zeros((7, 5), int)
+    return (
+        credit.belief_multiplier(advantage, gap, mask, order, prior, (0.9, 0.2)),
+        credit.grsd_multiplier(advantage, gap, mask, (unit, same), 0.5, 3.0),
+        credit.step_advantage(returns, mask, unit, same, True),
+    )
 
-    clean = everything(turns["gap"], turns["gap"])
-    spoilt = np.where(turns["mask"] > 0, turns["gap"], np.nan)
-    for a, b in zip(clean, everything(spoilt, spoilt)):
-        own = turns["mask"] > 0
+
+# Outside the mask a turn is −1, or that of its neighbours: a reply cut by the mask.
+@pytest.mark.parametrize("cut", [False, True])
+def test_nothing_outside_the_mask_reaches_a_credit(turns, cut):
+    turn = np.tile(turns["index"][:, None], 5) if cut else turns["turn"]
+    own, gap, advantage = turns["mask"] > 0, turns["gap"], turns["advantage"]
+    spoilt = np.where(own, gap, np.nan)
+    clean = every_credit(turns, turn, gap, advantage, gap)
+    for a, b in zip(clean, every_credit(turns, turn, spoilt, advantage, spoilt)):
         np.testing.assert_array_equal(np.asarray(a)[own], np.asarray(b)[own])
+
+
+def test_no_gradient_goes_into_a_credit(turns):
+    def total(gap, advantage):
+        values = every_credit(turns, turns["turn"], gap, advantage, gap)
+        return sum(jnp.sum(value * turns["gap"]) for value in values)
+
+    for slope in jax.grad(total, (0, 1))(turns["gap"], turns["advantage"]):
+        assert not slope.any()
