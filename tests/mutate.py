@@ -12,6 +12,7 @@ other survivor is a hole in the tests and makes this fail.
 
 import argparse
 import ast
+import compileall
 import copy
 import importlib
 import multiprocessing
@@ -156,6 +157,7 @@ class Judge:
             source = ROOT / part
             copying = shutil.copytree if source.is_dir() else shutil.copy
             copying(source, self.folder / part)
+        compileall.compile_dir(self.folder, quiet=2)  # forks write no bytecode
 
     def survives(self, module: Path, text: str) -> bool:
         """Whether every test of losses/ passes with this text in place of the module."""
@@ -201,6 +203,7 @@ class Judge:
         sys.path.insert(0, str(self.folder))
         sys.dont_write_bytecode = True
         quiet = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        quiet += ["--assert=plain", "--tb=no"]
         os._exit(int(pytest.main([*quiet, *tests])))
 
 
