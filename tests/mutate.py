@@ -2,6 +2,7 @@
 
   python tests/mutate.py                      every function of losses/
   python tests/mutate.py gates credit         some modules
+  python tests/mutate.py --own gates          by the module's own tests: a quick look
 
 A mutant is one file with one change: a sign flipped, + and − or two arguments swapped,
 a stop_gradient, a mask or a `where` dropped, a constant changed, a comparison turned.
@@ -18,6 +19,7 @@ import importlib
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -37,7 +39,7 @@ LOSSES = Path("skillsd_jax/losses")
 EQUIVALENT: dict[tuple[str, str], str] = {}
 UNCHANGED = "unchanged"
 KILLERS = 12  # tests that are tried before the others
-SECONDS = 900  # a mutant that runs longer is dead
+SECONDS, BYTES = 900, 12 << 30  # a mutant that needs more is dead
 
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 TURNS = {
@@ -150,7 +152,8 @@ class Judge:
     that killed a mutant of the same file come first, for they will kill the next.
     """
 
-    def __init__(self, scratch: Path):
+    def __init__(self, scratch: Path, own: bool):
+        self.own = own
         self.folder = Path(tempfile.mkdtemp(dir=scratch))
         self.killers: dict[Path, list[str]] = {}
         for part in ("skillsd_jax", "tests", "pyproject.toml"):
@@ -168,7 +171,7 @@ class Judge:
         own = f"tests/losses/{module.stem}_test.py"
         if not (self.folder / own).exists():
             own = "tests/losses/objective_test.py"
-        rest = ["tests/losses", f"--ignore={own}"]
+        rest = [] if self.own else ["tests/losses", f"--ignore={own}"]
         try:
             for tests in ([*known[:KILLERS]], [own], rest):
                 killer = self._failing(tests) if tests else None
@@ -199,6 +202,7 @@ class Judge:
         stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
         os.chdir(self.folder)
         sys.path.insert(0, str(self.folder))
         sys.dont_write_bytecode = True
@@ -210,7 +214,7 @@ class Judge:
 _judge: Judge | None = None  # each worker's own
 
 
-def _prepare(scratch: Path) -> None:
+def _prepare(scratch: Path, own: bool) -> None:
     global _judge
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
@@ -221,14 +225,16 @@ def _prepare(scratch: Path) -> None:
     }
     for library in ("jax", "chex", "flax.nnx", "hypothesis.strategies", "optax"):
         importlib.import_module(library)
-    _judge = Judge(scratch)
+    _judge = Judge(scratch, own)
 
 
 def _lives(file: Path, text: str) -> bool:
     return _judge.survives(file, text)
 
 
-def verdicts(files: list[Path], jobs: int) -> Iterator[tuple[Path, str, bool]]:
+def verdicts(
+    files: list[Path], jobs: int, own: bool
+) -> Iterator[tuple[Path, str, bool]]:
     """(file, description, whether it lives) of every mutant, `jobs` at a time."""
     tasks = [(files[0], UNCHANGED, (ROOT / files[0]).read_text())]
     for file in files:
@@ -241,7 +247,7 @@ def verdicts(files: list[Path], jobs: int) -> Iterator[tuple[Path, str, bool]]:
     fork = multiprocessing.get_context("fork")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        futures.ProcessPoolExecutor(jobs, fork, _prepare, (Path(scratch),)) as pool,
+        futures.ProcessPoolExecutor(jobs, fork, _prepare, (Path(scratch), own)) as pool,
     ):
         pending = [pool.submit(_lives, file, text) for file, _, text in tasks]
         for (file, what, _), one in zip(tasks, pending):
@@ -257,6 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("modules", nargs="*", help="stems of files; default: all")
     parser.add_argument("--list", action="store_true", help="count, run nothing")
+    parser.add_argument("--own", action="store_true", help="own tests only")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tested at once")
     arguments = parser.parse_args()
     files = [
@@ -271,7 +278,7 @@ def main() -> None:
                 print(f"{file.relative_to(LOSSES)}:{what}")
         return
     counts = {"killed": 0, "alive": 0}
-    for file, what, lives in verdicts(files, arguments.jobs):
+    for file, what, lives in verdicts(files, arguments.jobs, arguments.own):
         if what == UNCHANGED:
             if not lives:
                 sys.exit("the tests fail on losses/ as it is")

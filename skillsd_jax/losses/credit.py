@@ -117,7 +117,7 @@ def _discounted_sums(values, trajectory, turn, discount):
 
     Both as (sums, where they hold): at the last and at the first token of a turn.
     """
-    flat = [x.reshape(-1) for x in (values, trajectory, turn)]
+    flat = [x.ravel() for x in (values, trajectory, turn)]
     order = jnp.lexsort((flat[2], flat[1]))
     value, episode, k = (x[order] for x in flat)
     passed = jnp.diff(k, prepend=k[:1])
@@ -126,11 +126,11 @@ def _discounted_sums(values, trajectory, turn, discount):
     def chain(a, b):
         return a[0] * b[0], a[1] * b[0] + b[1]
 
-    decay = jnp.where(same, discount ** jnp.maximum(passed, 0), 0.0)
+    decay = jnp.where(same, discount**passed, 0.0)
     _, total = jax.lax.associative_scan(chain, (decay, value))
     earlier = jnp.where(same, jnp.roll(total, 1), 0)
     first = ~same | (passed != 0)
-    last = jnp.roll(first, -1).at[-1].set(True)
+    last = jnp.roll(first, -1)  # a first one follows the last of all
 
     def back(x):
         return jnp.zeros_like(x).at[order].set(x).reshape(values.shape)
@@ -175,7 +175,7 @@ def step_advantage(
 
 def ranks(*keys: Int[Array, "B R"]) -> Int[Array, "B R"]:
     """Equal tuples of keys share an id; ids are dense from 0, as all of these want."""
-    flat = [key.reshape(-1) for key in keys]
+    flat = [key.ravel() for key in keys]
     order = jnp.lexsort(flat)
     new = [jnp.diff(key[order], prepend=key[order[:1]]) != 0 for key in flat]
     dense = jnp.cumsum(jnp.any(jnp.stack(new), axis=0))
@@ -204,10 +204,13 @@ def per_turn(mask: Float[Array, "B R"], turn: Int[Array, "B R"]) -> Float[Array,
 
 
 def _reduce(values, weight, ids, reduction):
-    """One figure per id from the tokens of weight > 0, at each of its tokens."""
+    """One figure per id from the tokens of weight > 0, at each of its tokens.
+
+    Where an id has no such token, a sum is 0 and a maximum −∞.
+    """
     if reduction is jax.ops.segment_max:
         chosen = jnp.where(weight > 0, values, -jnp.inf)
     else:
         chosen = jnp.where(weight != 0, values, 0) * weight
-    total = reduction(chosen.reshape(-1), ids.reshape(-1), num_segments=ids.size)
-    return jnp.where(jnp.isfinite(total), total, 0)[ids]
+    total = reduction(chosen.ravel(), ids.ravel(), num_segments=ids.size)
+    return total[ids]

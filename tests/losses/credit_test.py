@@ -106,6 +106,28 @@ def test_a_certain_prior_is_held_off_its_ends():
     np.testing.assert_allclose(value, [[-4.0], [6.0]], rtol=1e-3)
 
 
+# One token a turn, nothing masked. The steps are of the size of 1e-6, the guard of the
+# deviation and the distance of a belief from 0 and 1.
+@pytest.mark.parametrize(
+    "prior, gaps",
+    [
+        (1e-4, [0.02, -0.02, 0.0]),  # deviation ~ 1e-6
+        (1.0, [6.0, -2.5, 1.0, -1.0]),  # logit 9.2 + 6: beyond 1 − 1e-6
+        (0.0, [-6.0, 2.5, -1.0, 1.0]),  # beyond 1e-6
+        (0.3, [1.0, -0.5, 0.2]),
+    ],
+)
+def test_a_belief_is_standardised_and_held_off_its_ends(prior, gaps):
+    gap = np.array(gaps)[:, None]
+    order, ones = (np.zeros_like(gap, int), np.arange(len(gap))[:, None]), gap * 0 + 1
+    value = credit.belief_multiplier(ones, gap, ones, order, prior * ones, (1.0, 9.0))
+    safe = np.clip(prior, 1e-4, 1 - 1e-4)
+    logit = np.log(safe / (1 - safe)) + np.cumsum([0.0, *gaps])
+    step = np.diff(np.clip(1 / (1 + np.exp(-logit)), 1e-6, 1 - 1e-6))
+    z = (step - step.mean()) / (step.std() + 1e-6)
+    np.testing.assert_allclose((value[:, 0] - 1) / 9, np.clip(z, -1, 1), atol=3e-3)
+
+
 def test_a_turn_is_weighed_by_its_surprise_within_the_group():
     # Turn means 0.1 (two tokens) and −0.2; the mean of |e| counts each turn once.
     gap = np.array([[0.3, -0.1], [-0.2, 9.0]])
@@ -123,6 +145,13 @@ def test_a_turn_is_weighed_by_its_surprise_within_the_group():
     np.testing.assert_allclose(
         down[:, 0], 1 + 0.5 * e / (np.abs(e).mean() + 1e-6), rtol=1e-5
     )
+
+
+def test_surprises_beyond_e_to_the_20_are_equal():
+    gap, turn = np.array([[20.5], [25.0]]), np.arange(2)[:, None]
+    ones = np.ones((2, 1))
+    value = credit.grsd_multiplier(ones, gap, ones, (turn, 0 * turn), 0.5, 3.0)
+    np.testing.assert_allclose(value, 1.5, rtol=1e-5)
 
 
 def test_the_multiplier_has_a_floor():
@@ -146,6 +175,29 @@ def test_steps_are_compared_from_one_screen():
     # Unbiased std of 1, 1, 0: √⅓.
     divided = credit.step_advantage(returns, mask, turn, state, True)
     np.testing.assert_allclose(divided, np.array(wanted) / third**0.5, atol=1e-5)
+
+
+def test_two_turns_from_one_screen_are_compared():
+    returns, turn = np.array([[1.0], [0.0]]), np.arange(2)[:, None]
+    value = credit.step_advantage(returns, np.ones((2, 1)), turn, 0 * turn, True)
+    # Unbiased std of 1 and 0: √½.
+    np.testing.assert_allclose(value, [[0.5**0.5], [-(0.5**0.5)]], rtol=1e-5)
+    # A deviation of √2 · 1e-6 is held off 0 by 1e-6.
+    value = credit.step_advantage(2e-6 * returns, np.ones((2, 1)), turn, 0 * turn, True)
+    np.testing.assert_allclose(value[0, 0], 1 / (1 + 2**0.5), rtol=1e-3)
+
+
+def test_a_mean_over_nothing_is_zero():
+    values, ids = np.ones((1, 3)), np.array([[0, 0, 1]])
+    mean = credit.mean_of(values, np.array([[1.0, 1, 0]]), ids)
+    np.testing.assert_array_equal(mean, [[1, 1, 0]])
+
+
+def test_weights_need_not_be_whole():
+    values, ids = np.array([[2.0, 6.0, 5.0]]), np.array([[0, 0, 1]])
+    weight = np.array([[0.25, 0.25, 0.5]])
+    np.testing.assert_allclose(credit.mean_of(values, weight, ids), [[4, 4, 5]])
+    np.testing.assert_allclose(credit.per_turn(weight, ids), [[0.5, 0.5, 1]])
 
 
 def test_equal_returns_from_one_screen_are_exactly_zero():
