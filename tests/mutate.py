@@ -50,7 +50,7 @@ TURNS = {
     ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq,
 }
-COMMUTE = {"minimum", "maximum", "promote_types", "clip"}  # max(x, low) = max(low, x)
+COMMUTE = {"minimum", "maximum", "clip", "logaddexp", "promote_types"}
 MASKS = {"mask", "weight", "once", "own", "real", "present", "seen"}
 
 

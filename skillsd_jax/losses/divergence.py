@@ -69,7 +69,7 @@ def topk_tail(
     """
     divergence = choose(KINDS, kind, "kind")
     student, teacher = _log_probs(student_logits, teacher_logits)
-    views = {"teacher": teacher, "student": stop_gradient(student)}
+    views = {"teacher": teacher, "student": student}
     ranking = choose(views, select, "select")
     if k >= ranking.shape[-1]:
         return divergence(student, teacher)
@@ -107,7 +107,7 @@ def _kl(p: Float[Array, "... V"], q: Float[Array, "... V"]) -> Float[Array, "...
     present = p > -jnp.inf
     # Replaced before the arithmetic, not after: 0·inf in the gradient is NaN.
     p, q = jnp.where(present, p, 0), jnp.where(present, q, 0)
-    return jnp.sum(jnp.where(present, jnp.exp(p) * (p - q), 0), axis=-1)
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def _jsd(
