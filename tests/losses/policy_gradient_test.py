@@ -174,6 +174,15 @@ def test_surrogate_stays_finite_at_extreme_ratios(student, old, advantage):
         assert np.isfinite(value) and np.isfinite(gradient)
 
 
+def test_a_ratio_is_held_at_e_to_the_20():
+    np.testing.assert_allclose(
+        policy_gradient.ratio(19.5, 0.0), np.exp(19.5), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        policy_gradient.ratio(25.0, 0.0), np.exp(20.0), rtol=1e-5
+    )
+
+
 def test_sequence_log_ratio_is_the_mean_over_a_rows_tokens():
     student = np.array([[-1.0, -2.0, np.nan], [-1.0, -1.0, -1.0]], np.float32)
     old = np.array([[-2.0, -2.5, 0.0], [0.0, 0.0, 0.0]], np.float32)
