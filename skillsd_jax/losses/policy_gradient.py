@@ -152,7 +152,7 @@ def sequence_log_ratio(
     Source: GSPO, arXiv 2507.18071.
     """
     student, old, mask = widen(student, old, mask)
-    log_ratio = jnp.where(mask != 0, student - stop_gradient(old), 0) * mask
+    log_ratio = jnp.where(mask != 0, student - stop_gradient(old), 0)
     return jnp.sum(log_ratio, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
 
 

@@ -34,6 +34,13 @@ def test_advantage_agrees_with_the_released_code(name, released, close):
     close(advantage[:, None] * data["response_mask"], data["advantages"])
 
 
+def test_a_small_deviation_is_held_off_zero():
+    # Unbiased std of 0 and 2e-6: √2 · 1e-6.
+    advantage = pg.group_advantage(np.array([0, 2e-6]), np.array([0, 0]), True)
+    wanted = 1 / (1 + 2**0.5)
+    np.testing.assert_allclose(advantage, [-wanted, wanted], rtol=1e-3)
+
+
 def test_equal_rewards_give_exactly_zero():
     # The float32 mean of seven 0.1 is not 0.1; the difference over 1e-6 is visible.
     reward = np.full(13, 0.1, np.float32)
@@ -175,12 +182,8 @@ def test_surrogate_stays_finite_at_extreme_ratios(student, old, advantage):
 
 
 def test_a_ratio_is_held_at_e_to_the_20():
-    np.testing.assert_allclose(
-        policy_gradient.ratio(19.5, 0.0), np.exp(19.5), rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        policy_gradient.ratio(25.0, 0.0), np.exp(20.0), rtol=1e-5
-    )
+    np.testing.assert_allclose(pg.ratio(19.5, 0.0), np.exp(19.5), rtol=1e-5)
+    np.testing.assert_allclose(pg.ratio(25.0, 0.0), np.exp(20.0), rtol=1e-5)
 
 
 def test_sequence_log_ratio_is_the_mean_over_a_rows_tokens():
