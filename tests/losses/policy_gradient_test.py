@@ -155,6 +155,12 @@ def test_clip_fractions_agree_with_the_released_code(released, close):
     )
 
 
+def test_the_dual_clip_holds_bad_tokens_alone():
+    ratio, advantage = np.array([5.0, 5, 5, 2]), np.array([-0.5, 0, 0.5, -0.5])
+    held = pg.dual_clipped(np.log(ratio), np.zeros(4), advantage, 3.0)
+    np.testing.assert_array_equal(held, [True, False, False, False])
+
+
 def test_on_policy_the_surrogate_is_the_policy_gradient():
     advantage = np.array([2.0, -3.0], np.float32)
     gradient = jax.grad(
@@ -187,13 +193,13 @@ def test_a_ratio_is_held_at_e_to_the_20():
 
 
 def test_sequence_log_ratio_is_the_mean_over_a_rows_tokens():
-    student = np.array([[-1.0, -2.0, np.nan], [-1.0, -1.0, -1.0]], np.float32)
-    old = np.array([[-2.0, -2.5, 0.0], [0.0, 0.0, 0.0]], np.float32)
-    mask = np.array([[1, 1, 0], [0, 0, 0]], np.float32)
+    student = np.array([[-1.0, -2.0, np.nan], [-1.0] * 3, [-1.0] * 3], np.float32)
+    old = np.array([[-2.0, -2.5, 0.0], [0.0] * 3, [-1.5, 0, 0]], np.float32)
+    mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0]], np.float32)
     s = pg.sequence_log_ratio(student, old, mask)
-    np.testing.assert_allclose(s, [0.75, 0])  # (1 + 0.5) / 2; an empty row
+    np.testing.assert_allclose(s, [0.75, 0, 0.5])  # (1 + 0.5) / 2; an empty row
     gradient = jax.grad(lambda x: pg.sequence_log_ratio(x, old, mask).sum())(student)
-    np.testing.assert_allclose(gradient, [[0.5, 0.5, 0], [0, 0, 0]])
+    np.testing.assert_allclose(gradient, [[0.5, 0.5, 0], [0, 0, 0], [1, 0, 0]])
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
