@@ -155,6 +155,13 @@ def test_clip_fractions_agree_with_the_released_code(released, close):
     )
 
 
+def test_the_clip_holds_what_gains_beyond_it():
+    ratio = np.log([1.5, 1.5, 1.1, 0.5, 0.5, 0.9])
+    advantage = np.array([1.0, -1, 1, -1, 1, -1])
+    held = pg.clipped(ratio, np.zeros(6), advantage, 0.2, 0.3)
+    np.testing.assert_array_equal(held, [True, False, False, True, False, False])
+
+
 def test_the_dual_clip_holds_bad_tokens_alone():
     ratio, advantage = np.array([5.0, 5, 5, 2]), np.array([-0.5, 0, 0.5, -0.5])
     held = pg.dual_clipped(np.log(ratio), np.zeros(4), advantage, 3.0)
