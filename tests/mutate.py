@@ -7,8 +7,8 @@
 A mutant is one file with one change: a sign flipped, + and − or two arguments swapped,
 a stop_gradient, a mask or a `where` dropped, a constant changed, a comparison turned.
 It is killed when the tests of losses/ fail; the unchanged code must pass them first.
-Those that live and are listed in EQUIVALENT are shown there to compute the same; any
-other survivor is a hole in the tests and makes this fail.
+Those listed in equivalent_mutants.txt compute the same, for the reason given there,
+and are not tried; any survivor is a hole in the tests and makes this fail.
 """
 
 import argparse
@@ -34,9 +34,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = Path("skillsd_jax/losses")
+EQUIVALENT = ROOT / "tests" / "equivalent_mutants.txt"
 
-# (module, what the change is) → why it computes the same.
-EQUIVALENT: dict[tuple[str, str], str] = {}
 UNCHANGED = "unchanged"
 KILLERS = 12  # tests that are tried before the others
 SECONDS, BYTES = 900, 12 << 30  # a mutant that needs more is dead
@@ -233,17 +232,15 @@ def _lives(file: Path, text: str) -> bool:
 
 
 def verdicts(
-    files: list[Path], jobs: int, own: bool
+    tasks: list[tuple[Path, str, str]], jobs: int, own: bool
 ) -> Iterator[tuple[Path, str, bool]]:
-    """(file, description, whether it lives) of every mutant, `jobs` at a time."""
-    tasks = [(files[0], UNCHANGED, (ROOT / files[0]).read_text())]
-    for file in files:
-        source = (ROOT / file).read_text()
-        tasks += [
-            (file, what, text)
-            for what, text in mutants(source)
-            if key(file, what) not in EQUIVALENT
-        ]
+    """(file, description, whether it lives) of every mutant, `jobs` at a time.
+
+    Args:
+      tasks: file, description and changed text of each.
+      jobs: workers.
+      own: whether only the tests of a module's own name judge it.
+    """
     fork = multiprocessing.get_context("fork")
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -254,9 +251,9 @@ def verdicts(
             yield file, what, one.result()
 
 
-def key(file: Path, what: str) -> tuple[str, str]:
-    """How EQUIVALENT names a mutant: its line may move."""
-    return str(file.relative_to(LOSSES)), what.split(": ", 1)[1]
+def name(file: Path, what: str) -> str:
+    """A mutant as equivalent_mutants.txt names it: its line may move."""
+    return f"{file.relative_to(LOSSES)}: {what.split(': ', 1)[1]}"
 
 
 def main() -> None:
@@ -272,13 +269,22 @@ def main() -> None:
         if f.name != "__init__.py"
         and (not arguments.modules or f.stem in arguments.modules)
     ]
+    made = [
+        (file, *mutant)
+        for file in files
+        for mutant in mutants((ROOT / file).read_text())
+    ]
     if arguments.list:
-        for file in files:
-            for what, _ in mutants((ROOT / file).read_text()):
-                print(f"{file.relative_to(LOSSES)}:{what}")
+        for file, what, _ in made:
+            print(f"{file.relative_to(LOSSES)}:{what}")
         return
-    counts = {"killed": 0, "alive": 0}
-    for file, what, lives in verdicts(files, arguments.jobs, arguments.own):
+    same = set(EQUIVALENT.read_text().splitlines())
+    tried = [
+        (file, what, text) for file, what, text in made if name(file, what) not in same
+    ]
+    counts = {"killed": 0, "equivalent": len(made) - len(tried), "alive": 0}
+    plain = (files[0], UNCHANGED, (ROOT / files[0]).read_text())
+    for file, what, lives in verdicts([plain, *tried], arguments.jobs, arguments.own):
         if what == UNCHANGED:
             if not lives:
                 sys.exit("the tests fail on losses/ as it is")
@@ -288,7 +294,7 @@ def main() -> None:
             print("alive", f"{file.relative_to(LOSSES)}:{what}", flush=True)
         if sum(counts.values()) % 25 == 0:
             print(counts, file, file=sys.stderr, flush=True)
-    print(counts | {"equivalent": len(EQUIVALENT)})
+    print(counts)
     sys.exit(bool(counts["alive"]))
 
 
