@@ -491,6 +491,37 @@ def test_credits_count_on_skilled_rows_alone():
         np.testing.assert_allclose(shaped[1], plain[1], rtol=1e-5, err_msg=name)
 
 
+def test_agent_opsd_weighs_turns_by_how_they_move_the_belief():
+    # Two episodes of two turns; the first turn of each raises the belief, the second
+    # leaves it: ΔB standardised is 1 and −1, and 1 ± 0.2 in the won one, 1 ∓ 0.2 in
+    # the lost one, of which half counts.
+    gap, turn = np.array([[0.8], [0], [0.8], [0]]), np.array([[0], [1], [0], [1]])
+    played = episodes([1, 1, 0, 0], [0] * 4, [0, 0, 1, 1], turn=turn, teacher=gap)
+    value = objective.recipe("agent_opsd").advantage(played, settings("agent_opsd"))
+    h = 0.5**0.5
+    wanted = [1.1 * h, 0.9 * h, -0.9 * h, -1.1 * h]
+    np.testing.assert_allclose(value[:, 0], wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_advantage_is_zero_outside_the_mask(name):
+    rng = np.random.default_rng(0)
+    mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], np.float32)
+    played = episodes(
+        [1, 0, 1, 0],
+        [0, 0, 0, 0],
+        [0, 1, 2, -1],
+        3,
+        mask=mask,
+        teacher=rng.normal(size=(4, 3)).astype(np.float32),
+        returns=rng.random((4, 3)).astype(np.float32),
+        step=np.int32(2),
+    )
+    value = np.asarray(objective.recipe(name).advantage(played, settings(name)))
+    np.testing.assert_array_equal(value[mask == 0], 0)
+    assert np.isfinite(value).all()
+
+
 def test_the_window_of_tcod_grows_by_a_turn():
     gap = np.array([[0.1, -0.3, 0.5]], np.float32)
     for step, wanted in ((0, [0.1, 0, 0]), (5, [0.1, -0.3, 0]), (99, gap[0])):

@@ -142,8 +142,7 @@ def evidence(
     """RLSD: A times how far the teacher agrees with the token."""
     gap, mix = episodes.gap, objective.rlsd_mix
     zero = jnp.zeros_like(gap)
-    shaped = credit.rlsd_advantage(advantage, gap, zero, mix, objective.rlsd_clip)
-    return jnp.where(episodes.skilled[:, None] > 0, shaped, advantage)
+    return credit.rlsd_advantage(advantage, gap, zero, mix, objective.rlsd_clip)
 
 
 @uses("turn_mix")
@@ -158,7 +157,7 @@ def surprise(
         advantage, e.gap, shown, ids, o.turn_mix, o.turn_clip
     )
     solved = e.mean_of_group(e.success)
-    mixed = (solved > 0) & (solved < 1) & (e.skilled[:, None] > 0)
+    mixed = (solved > 0) & (solved < 1)
     return jnp.where(mixed, advantage * multiplier, advantage)
 
 
