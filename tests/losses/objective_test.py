@@ -471,8 +471,16 @@ def test_statistics_choose_what_is_counted():
 def test_credits_count_on_skilled_rows_alone():
     # Two episodes of two tokens, the second without a skill.
     gap = np.array([[0.1, -0.3], [0.5, 0.5]], np.float32)
+    old = np.full((2, 2), -0.7, np.float32)
     played = episodes(
-        [1, 0], [0, 0], [0, 1], 2, skilled=np.array([1.0, 0]), teacher=gap, step=8
+        [1, 0],
+        [0, 0],
+        [0, 1],
+        2,
+        skilled=np.array([1.0, 0]),
+        old=old,
+        teacher=old + gap,
+        step=8,
     )
     plain = objective.recipe("grpo").advantage(played, settings())
     h = 0.5**0.5
