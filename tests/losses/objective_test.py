@@ -512,7 +512,7 @@ def test_agent_opsd_weighs_turns_by_how_they_move_the_belief():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_advantage_is_zero_outside_the_mask(name):
+def test_an_advantage_is_detached_and_zero_outside_the_mask(name):
     rng = np.random.default_rng(0)
     mask = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], np.float32)
     played = episodes(
@@ -528,6 +528,28 @@ def test_an_advantage_is_zero_outside_the_mask(name):
     value = np.asarray(objective.recipe(name).advantage(played, settings(name)))
     np.testing.assert_array_equal(value[mask == 0], 0)
     assert np.isfinite(value).all()
+
+    def summed(teacher, old):
+        changed = dataclasses.replace(played, teacher=teacher, old=old)
+        return objective.recipe(name).advantage(changed, settings(name)).sum()
+
+    for slope in jax.grad(summed, (0, 1))(played.teacher, played.old):
+        assert not slope.any()
+
+
+def test_a_recipe_has_one_vocabulary_wide_divergence_at_most():
+    grpo = objective.recipe("grpo")
+    names = "full_jsd", "full_reverse_kl"
+    many = dataclasses.replace(grpo, terms=[terms.Distil(n, 1.0) for n in names])
+    with pytest.raises(ValueError, match="one vocabulary-wide estimator at most"):
+        many.wide(settings("grpo"))
+
+
+def test_hdpo_means_the_symmetric_jsd_whatever_is_set():
+    student, teacher = np.random.default_rng(0).normal(size=(2, 7))
+    wide = objective.recipe("hdpo").wide(settings("hdpo", jsd_alpha=0.2))
+    wanted = divergence.jsd(student, teacher, 0.5)
+    np.testing.assert_allclose(wide(student, teacher), wanted, rtol=1e-6)
 
 
 def test_the_window_of_tcod_grows_by_a_turn():
@@ -727,3 +749,8 @@ def test_unknown_names_are_refused_with_the_known_ones(signals):
         )
     with pytest.raises(ValueError, match="estimator='k9' is unknown; choose k1, "):
         objective.recipe("opd").required(settings("opd", estimator="k9"))
+
+
+def test_rollouts_are_hinted_by_the_methods_that_say_so():
+    hinted = {name for name in NAMES if objective.recipe(name).hinted}
+    assert hinted == {"skill_grpo", "hdpo"}

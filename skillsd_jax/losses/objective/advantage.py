@@ -113,8 +113,7 @@ def group_advantage(
 def by_group(episodes: Episodes, objective: config.Objective) -> Float[Array, "B R"]:
     """GRPO's advantage, the same at every token of an episode."""
     e = episodes
-    advantage = group_advantage(e.reward, e.group, e.trajectory, objective)
-    return advantage[:, None] * e.mask
+    return e.spread(group_advantage(e.reward, e.group, e.trajectory, objective))
 
 
 def without_rewards(
