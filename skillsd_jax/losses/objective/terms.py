@@ -36,7 +36,7 @@ def policy(signals: Signals, objective: config.Objective) -> Output:
 
 def _by_sequence(s: Signals) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     log_ratio = policy_gradient.sequence_log_ratio(s.student, s.old, s.mask)
-    return log_ratio[:, None] * s.mask, jnp.zeros_like(s.mask)
+    return jnp.broadcast_to(log_ratio[:, None], s.mask.shape), jnp.zeros_like(s.mask)
 
 
 RATIOS = {"token": lambda s: (s.student, s.old), "sequence": _by_sequence}
