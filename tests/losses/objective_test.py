@@ -716,6 +716,25 @@ def test_distillation_may_be_divided_by_skilled_tokens(signals):
     )
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_skilled_tokens_are_divided_by_their_count(signals, count):
+    mask = np.zeros((B, R), np.float32)
+    mask[4, :2] = 1  # of a skilled row
+    few = dataclasses.replace(
+        signals,
+        mask=mask,
+        skilled=np.float32(np.arange(B) == 4) * count,
+        token_count=mask.sum(),
+        skilled_count=np.float32(count),
+    )
+    chosen = settings(per_skilled_token=True)
+    found = objective.recipe("skill_sd").loss(few, chosen).terms["distillation"]
+    value = distillation.weighted_reverse_kl(
+        few.student, few.teacher, few.old, 10.0, 20.0
+    )
+    np.testing.assert_allclose(found, 0.1 * 2 * count * value * mask, rtol=1e-5)
+
+
 def test_the_entropy_bonus_is_off_unless_it_is_set(signals):
     off = objective.recipe("grpo").loss(signals, settings("grpo")).terms
     chosen = settings("grpo", entropy_coefficient=0.1)
