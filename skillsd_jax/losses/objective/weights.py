@@ -31,8 +31,7 @@ def on_failed_groups(
 
 def up_to_two(signals: Signals, objective: config.Objective) -> Float[Array, "B R"]:
     """sg[min(ρ, 2)]: an importance weight, cut off."""
-    log_ratio = jnp.clip(signals.student - signals.old, -20, 20)
-    return stop_gradient(jnp.minimum(jnp.exp(log_ratio), 2.0))
+    return stop_gradient(jnp.minimum(jnp.exp(signals.student - signals.old), 2.0))
 
 
 def by_segment(signals: Signals, reason: float, action: float) -> Float[Array, "#B #R"]:
