@@ -3,9 +3,9 @@
   python benchmarks/losses.py
   python benchmarks/losses.py --rows=256 --tokens=512 --repeats=5
 
-Advantages, forward and backward of a whole objective, log-probs given, on [rows × tokens] against
-forward and backward of the student on the same tokens (4 layers, width 256, vocabulary
-8,192; the sum of log-probs in its place, 16 rows at a time). JSON lines
+Advantages, forward and backward of a whole objective, log-probs given, on [rows ×
+tokens] against forward and backward of the student on the same tokens (4 layers, width
+256, vocabulary 8,192; the sum of log-probs in its place, 16 rows at a time). JSON lines
 {"benchmark", "case", "metric", "ours", "baseline", "baseline_name", "ratio"}; ratio =
 baseline / ours, so that above 33 is below 3 %.
 """
