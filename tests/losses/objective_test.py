@@ -527,6 +527,7 @@ def test_an_advantage_is_detached_and_zero_outside_the_mask(name):
     )
     value = np.asarray(objective.recipe(name).advantage(played, settings(name)))
     np.testing.assert_array_equal(value[mask == 0], 0)
+    np.testing.assert_array_equal(np.asarray(played.gap)[mask == 0], 0)
     assert np.isfinite(value).all()
 
     def summed(teacher, old):
