@@ -744,6 +744,14 @@ def test_the_entropy_bonus_is_off_unless_it_is_set(signals):
     np.testing.assert_allclose(on["entropy_bonus"], -0.1 * signals.entropy, rtol=1e-6)
 
 
+def test_what_a_term_says_outside_the_mask_is_dropped(signals):
+    recipe = objective.Recipe(
+        "all ones", "ours", (lambda s, o: terms.Output({"one": 1.0 + 0 * s.mask}, {}),)
+    )
+    found = recipe.loss(signals, settings("grpo")).terms["one"]
+    np.testing.assert_array_equal(found, signals.mask)
+
+
 def test_a_new_method_is_a_term_and_an_entry(signals):
     def plain_k2(signals, objective_settings):
         loss = distillation.k2(signals.student, signals.teacher)

@@ -179,7 +179,8 @@ class Recipe:
         for term in self.terms:
             output = term(signals, objective)
             for name, value in output.terms.items():
-                terms[name] = terms.get(name, 0) + weight * value
+                inside = jnp.where(signals.mask != 0, weight * value, 0)
+                terms[name] = terms.get(name, 0) + inside
             metrics.update(output.metrics)
         return Output(terms, stop_gradient(_as_float(metrics)))
 
