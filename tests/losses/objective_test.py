@@ -744,6 +744,17 @@ def test_the_entropy_bonus_is_off_unless_it_is_set(signals):
     np.testing.assert_allclose(on["entropy_bonus"], -0.1 * signals.entropy, rtol=1e-6)
 
 
+def test_a_row_without_a_skill_has_the_student_for_its_teacher_detached(signals):
+    def teacher(student):
+        return dataclasses.replace(signals, student=student).inside().teacher
+
+    plain = signals.skilled == 0
+    np.testing.assert_array_equal(
+        teacher(signals.student)[plain], signals.student[plain]
+    )
+    assert not jax.grad(lambda s: teacher(s).sum())(signals.student).any()
+
+
 def test_what_a_term_says_outside_the_mask_is_dropped(signals):
     recipe = objective.Recipe(
         "all ones", "ours", (lambda s, o: terms.Output({"one": 1.0 + 0 * s.mask}, {}),)
