@@ -55,6 +55,7 @@ class Model:
     """Qwen3-shaped decoder; a Hugging Face folder in `path` overrides the shape."""
 
     path: str = ""  # Hugging Face folder; "": the embedded model, from scratch
+    shape: str = ""  # from scratch in a published shape, e.g. qwen3-0.6b; "": as below
     required: bool = False  # published presets: refuse to start without `path`
     width: int = 64
     layers: int = 2
@@ -65,6 +66,13 @@ class Model:
     rope_theta: float = 10_000.0
     tie_embeddings: bool = True
     dtype: str = "float32"  # of the matmuls; masters and reductions are float32
+    attention: str = (
+        "plain"  # of whole sequences: plain, xla, cudnn (GPU), splash (TPU)
+    )
+    remat: str = "dots"  # kept of a layer for its gradient: dots, nothing, everything
+    lora_rank: int = 0  # of the adapters that are trained instead; 0: all weights are
+    lora_alpha: float = 16.0  # an adapter's update is scaled by alpha / rank
+    lora_targets: str = "attention|mlp"  # regex over attention/query, …, mlp/down
 
 
 @dataclasses.dataclass
@@ -156,6 +164,8 @@ class Skills:
 
 @dataclasses.dataclass
 class Optimizer:
+    name: str = "adamw"  # adamw, lion, muon
+    moments: str = "float32"  # of the first moments: float32, bfloat16
     learning_rate: float = 5e-4
     schedule: str = "cosine"  # to 0 at the end of the run, or constant
     beta1: float = 0.9
