@@ -327,7 +327,8 @@ class Learner:
     def _signals(self, state: LearnerState, params, batch: TokenBatch, whole):
         temperature, mask = self.config.rollout.temperature, batch.mask
         voice = scoring.read(self.model, params, batch.student)
-        student = scoring.scores(voice, batch.student, temperature, mask)
+        view = batch.student
+        student = scoring.scores(voice, view, temperature, mask, entropy=True)
         teacher = reference = divergence = None
         if self.needs_teacher and (whole.teacher is None or self.measure is not None):
             teacher, taught = self._scored_by_teacher(state, params, batch)
@@ -338,7 +339,6 @@ class Learner:
         if whole.teacher is not None:
             teacher = whole.teacher
         if self.needs_reference:
-            view = batch.student
             fixed = scoring.score(self.model, state.reference, view, temperature, mask)
             reference = fixed.logprob
         return objective.Signals(

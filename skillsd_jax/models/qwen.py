@@ -113,11 +113,12 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(normal * (gain * shape[0] ** -0.5))
         biased = config.qkv_bias and name in BIASED
         self.bias = nnx.Param(jnp.zeros(shape[1])) if biased else None
-        self.lora_down = self.lora_up = None
+        down = up = None
         if config.lora is not None and config.lora.adapts(name):
             normal = jax.random.normal(rngs.params(), (shape[0], config.lora.rank))
-            self.lora_down = nnx.Param(normal * shape[0] ** -0.5)
-            self.lora_up = nnx.Param(jnp.zeros((config.lora.rank, shape[1])))
+            down = nnx.Param(normal * shape[0] ** -0.5)
+            up = nnx.Param(jnp.zeros((config.lora.rank, shape[1])))
+        self.lora_down, self.lora_up = down, up
         self.dtype, self.lora = config.dtype, config.lora
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
@@ -307,13 +308,17 @@ def head(
     config: ModelConfig, params: Params, hidden: Float[Array, "... D"]
 ) -> Float[Array, "... V"]:
     """Logits in float32."""
-    kernel = params["embed"] if config.tie_embeddings else params["head"]
     return jnp.einsum(
         "...d,vd->...v",
         hidden.astype(config.dtype),
-        kernel.astype(config.dtype),
+        head_kernel(config, params).astype(config.dtype),
         preferred_element_type=jnp.float32,
     )
+
+
+def head_kernel(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
+    """What turns a hidden state into logits."""
+    return params["embed"] if config.tie_embeddings else params["head"]
 
 
 def _embed(config: ModelConfig, params: Params, tokens: Int[Array, "B L"]):

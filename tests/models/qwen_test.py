@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from skillsd_jax.models import huggingface, kv_cache, qwen
+from skillsd_jax.models import huggingface, kv_cache, lora, qwen, rope
 
 QWEN3 = qwen.ModelConfig(
     vocab=37,
@@ -25,7 +25,17 @@ QWEN3 = qwen.ModelConfig(
 QWEN2 = dataclasses.replace(
     QWEN3, qkv_bias=True, qk_norm=False, tie_embeddings=False, kv_heads=6
 )
-
+# Texts of the tests are longer than the window and than the first training.
+WINDOWED = dataclasses.replace(QWEN3, window=4, window_layers=(0, 2))
+LINEAR = dataclasses.replace(QWEN3, scaling=rope.Scaling("linear", 3.0))
+YARN = dataclasses.replace(QWEN2, scaling=rope.Scaling("yarn", 4.0, 8, 4.0, 1.0))
+CONFIGS = {
+    "qwen3": QWEN3,
+    "qwen2": QWEN2,
+    "windowed": WINDOWED,
+    "linear": LINEAR,
+    "yarn": YARN,
+}
 
 apply = jax.jit(qwen.apply, static_argnums=0)
 hidden = jax.jit(qwen.hidden, static_argnums=0)
@@ -46,6 +56,25 @@ def some_tokens(config, rows, length, seed=0):
     return rng.integers(0, config.vocab, (rows, length)).astype(np.int32)
 
 
+def frequency(config, i):
+    """Radians per position of pair i; the bounds of YaRN's pairs found by search."""
+    plain = config.rope_theta ** (-2 * i / config.head_size)
+    scaling = config.scaling
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+
+    def pair(turns):  # θ^(−2x/E) · length = 2π · turns
+        wanted = 2 * np.pi * turns / scaling.original_length
+        return -np.log(wanted) / np.log(config.rope_theta) * config.head_size / 2
+
+    low = max(np.floor(pair(scaling.beta_fast)), 0)
+    high = min(np.ceil(pair(scaling.beta_slow)), config.head_size - 1)
+    slowed = np.clip((i - low) / (high - low), 0, 1)
+    return plain / scaling.factor * slowed + plain * (1 - slowed)
+
+
 def plain_logits(config, params, ids):
     """One row, in float64, loops where the module has einsums."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
@@ -58,11 +87,12 @@ def plain_logits(config, params, ids):
         out = np.empty_like(x)
         for t in range(len(x)):
             for i in range(half):
-                angle = t * config.rope_theta ** (-2 * i / config.head_size)
+                angle = t * frequency(config, i)
                 a, b = x[t, i], x[t, i + half]
                 out[t, i] = a * np.cos(angle) - b * np.sin(angle)
                 out[t, i + half] = b * np.cos(angle) + a * np.sin(angle)
-        return out
+        yarn = config.scaling is not None and config.scaling.kind == "yarn"
+        return out * (0.1 * np.log(config.scaling.factor) + 1 if yarn else 1)
 
     x = p["embed"][ids]
     for n in range(config.layers):
@@ -83,8 +113,10 @@ def plain_logits(config, params, ids):
                 kh = norm(kh, a["key_norm"]["scale"])
             qh, kh = rotate(qh), rotate(kh)
             for t in range(len(ids)):
-                score = np.exp(kh[: t + 1] @ qh[t] / np.sqrt(size))
-                mixed.append((t, head, score @ vh[: t + 1] / score.sum()))
+                slides = n in (config.window_layers or ())
+                near = slice(max(0, t + 1 - config.window) if slides else 0, t + 1)
+                score = np.exp(kh[near] @ qh[t] / np.sqrt(size))
+                mixed.append((t, head, score @ vh[near] / score.sum()))
         out = np.zeros((len(ids), config.heads, config.head_size))
         for t, head, value in mixed:
             out[t, head] = value
@@ -97,7 +129,7 @@ def plain_logits(config, params, ids):
     return norm(x, p["norm"]) @ head.T
 
 
-@pytest.mark.parametrize("config", [QWEN3, QWEN2], ids=["qwen3", "qwen2"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_logits_equal_a_plain_implementation(config):
     params, tokens = make(config), some_tokens(config, 2, 11)
     logits = apply(config, params, tokens)
@@ -121,7 +153,7 @@ def test_logits_equal_transformers(name, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [QWEN3, QWEN2], ids=["qwen3", "qwen2"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_ragged_extension_equals_one_forward(config):
     params, rows, total = make(config), 4, 20
     tokens = some_tokens(config, rows, total)
@@ -225,7 +257,62 @@ def test_layers_are_stacked_and_start_different():
     assert "head" not in params and "head" in qwen.init(QWEN2, jax.random.key(0))
 
 
+@pytest.mark.parametrize("remat", ["nothing", "everything"])
+def test_what_is_kept_of_a_layer_changes_no_gradient(remat):
+    params, tokens = make(QWEN3), some_tokens(QWEN3, 2, 9)
+
+    def slope(config):
+        def loss(params):
+            return jnp.sum(hidden(config, params, tokens) ** 3)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    wanted, found = slope(QWEN3), slope(dataclasses.replace(QWEN3, remat=remat))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_of_another_name_says_the_same():
+    params, tokens = make(WINDOWED), some_tokens(WINDOWED, 2, 12)
+    other = dataclasses.replace(WINDOWED, attention="xla")
+    wanted = apply(WINDOWED, params, tokens)
+    np.testing.assert_allclose(apply(other, params, tokens), wanted, atol=1e-4)
+
+
+def test_an_adapter_adds_its_scaled_product_where_its_name_matches():
+    adapted = lora.Lora(rank=2, alpha=6.0, targets="query|mlp/down")
+    config = dataclasses.replace(QWEN3, lora=adapted)
+    fresh, tokens = qwen.init(config, jax.random.key(0)), some_tokens(config, 2, 7)
+    base = qwen.init(QWEN3, jax.random.key(0))
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(fresh)
+        if path[-1].key.startswith("lora")
+    ]
+    assert {name.rpartition("/")[0] for name in names} == {
+        "layers/attention/query",
+        "layers/mlp/down",
+    }
+    params = make(config)  # no adapter is zero
+    merged = jax.tree.map(lambda leaf: leaf, params)
+    for part, name in (("attention", "query"), ("mlp", "down")):
+        leaf = merged["layers"][part][name]
+        update = 3.0 * (leaf.pop("lora_down") @ leaf.pop("lora_up"))
+        leaf["kernel"] = leaf["kernel"] + update
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    wanted = apply(QWEN3, merged, tokens)
+    np.testing.assert_allclose(apply(config, params, tokens), wanted, atol=1e-4)
+
+
 def test_shapes_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="window=4 and window_layers=None go"):
+        dataclasses.replace(QWEN3, window=4)
+    with pytest.raises(ValueError, match="type 'longrope' is not known"):
+        rope.Scaling("longrope", 2.0)
+    with pytest.raises(ValueError, match="original_length=0"):
+        rope.Scaling("yarn", 2.0)
+    with pytest.raises(ValueError, match="factor=0.5"):
+        rope.Scaling("linear", 0.5)
     with pytest.raises(ValueError, match="kv_heads=4 must divide heads=6"):
         dataclasses.replace(QWEN3, kv_heads=4)
     with pytest.raises(ValueError, match="head_size=7"):
