@@ -11,8 +11,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax import config as settings
+from skillsd_jax import optimizers
 from skillsd_jax.losses import masking, objective, schedules
-from skillsd_jax.models import qwen, scoring
+from skillsd_jax.models import lora, qwen, scoring
 from skillsd_jax.tokens import TokenBatch
 
 Params = Any
@@ -25,19 +26,31 @@ class LearnerState:
 
     Args:
       step: iterations done.
-      params: the student, float32.
-      teacher: weights of the teacher; None when it is live or not needed.
-      reference: the initial policy; None without a KL term to it.
+      params: what is trained, float32: the student, or its adapters.
+      frozen: the student's base, beside adapters; else None.
+      teacher: weights of the teacher, or its adapters on the same base; None when it is
+        live or not needed.
+      reference: the initial policy likewise; None without a KL term to it.
       optimizer: optax state.
       plateau: how long the gap to the teacher has not shrunk.
     """
 
     step: Int[Array, ""]
     params: Params
+    frozen: Params | None
     teacher: Params | None
     reference: Params | None
     optimizer: Any
     plateau: schedules.Plateau
+
+    @property
+    def weights(self) -> Params:
+        """The whole student: who plays."""
+        return self.whole(self.params)
+
+    def whole(self, params: Params) -> Params:
+        """`params` on the base, if they are adapters."""
+        return params if self.frozen is None else lora.join(params, self.frozen)
 
 
 @jax.tree_util.register_dataclass
@@ -60,28 +73,6 @@ class Whole:
 def teacher_kind(recipe: objective.Recipe, config: settings.Teacher) -> str:
     """What the method means, else what is set, else frozen; 'none' without a teacher."""
     return (recipe.teacher or config.kind or "frozen") if recipe.shown else "none"
-
-
-def schedule(config: settings.Optimizer, steps: int) -> optax.Schedule:
-    """Learning rate by optimiser step."""
-    if config.schedule == "cosine":
-        return optax.cosine_decay_schedule(config.learning_rate, max(1, steps))
-    return optax.constant_schedule(config.learning_rate)
-
-
-def optimizer(
-    config: settings.Optimizer, steps: int
-) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW with float32 moments."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
-        optax.adamw(
-            schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-        ),
-    )
 
 
 def arrange(
@@ -138,7 +129,7 @@ class Learner:
         self.recipe = objective.recipe(config.objective.name)
         self.teacher_kind = teacher_kind(self.recipe, config.teacher)
         self.teacher_model = model if external is None else external
-        self.optimizer = optimizer(config.optimizer, updates)
+        self.optimizer = optimizers.make(config.optimizer, updates)
         required = self.recipe.required(config.objective)
         self.needs_teacher = "teacher" in required
         self.needs_reference = "reference" in required
@@ -146,15 +137,22 @@ class Learner:
         self._update = jax.jit(self._iteration, donate_argnums=(0,))
 
     def init(self, params: Params, external: Params | None = None) -> LearnerState:
-        """State at step 0; the teacher and the reference are copies of `params`.
+        """State at step 0; the teacher and the reference are copies of what is trained.
 
         Args:
           params: become the student's own and go with its first update.
           external: weights of an external teacher.
 
         Raises:
-          ValueError: the teacher is external and there is none.
+          ValueError: the teacher is external and there is none, or the weights are not
+            float32: a small step changes nothing in a bfloat16 number.
         """
+        kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)} - {"float32"}
+        if kinds:
+            raise ValueError(f"weights to train must be float32, not {kinds.pop()}")
+        frozen = None
+        if self.model.lora is not None:
+            params, frozen = lora.split(params)
         copy = functools.partial(jax.tree.map, jnp.copy)
         stored = self.needs_teacher and self.teacher_kind != "live"
         if stored and self.teacher_kind == "external" and external is None:
@@ -163,6 +161,7 @@ class Learner:
         return LearnerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
+            frozen=frozen,
             teacher=copy(teacher) if stored else None,
             reference=copy(params) if self.needs_reference else None,
             optimizer=self.optimizer.init(params),
@@ -326,8 +325,8 @@ class Learner:
 
     def _signals(self, state: LearnerState, params, batch: TokenBatch, whole):
         temperature, mask = self.config.rollout.temperature, batch.mask
-        voice = scoring.read(self.model, params, batch.student)
         view = batch.student
+        voice = scoring.read(self.model, state.whole(params), view)
         student = scoring.scores(voice, view, temperature, mask, entropy=True)
         teacher = reference = divergence = None
         if self.needs_teacher and (whole.teacher is None or self.measure is not None):
@@ -339,7 +338,8 @@ class Learner:
         if whole.teacher is not None:
             teacher = whole.teacher
         if self.needs_reference:
-            fixed = scoring.score(self.model, state.reference, view, temperature, mask)
+            initial = state.whole(state.reference)
+            fixed = scoring.score(self.model, initial, view, temperature, mask)
             reference = fixed.logprob
         return objective.Signals(
             student=student.logprob,
@@ -367,6 +367,8 @@ class Learner:
     def _scored_by_teacher(self, state: LearnerState, params, batch: TokenBatch):
         """The teacher's log-probs and its voice; no gradient goes into either."""
         weights = params if state.teacher is None else state.teacher
+        if self.teacher_kind != "external":
+            weights = state.whole(weights)
         weights = jax.lax.stop_gradient(weights)
         voice = scoring.read(self.teacher_model, weights, batch.teacher)
         voice = dataclasses.replace(voice, states=jax.lax.stop_gradient(voice.states))
