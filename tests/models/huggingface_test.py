@@ -150,7 +150,7 @@ def test_rope_theta_is_read_from_both_styles(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
-def test_sharded_half_precision_is_read_as_float32(dtype, tmp_path):
+def test_sharded_half_precision_is_read_as_it_is_and_as_float32(dtype, tmp_path):
     tensors = written(tmp_path, QWEN3)
     (tmp_path / "model.safetensors").unlink()
     half = {name: array.astype(dtype) for name, array in tensors.items()}
@@ -162,7 +162,11 @@ def test_sharded_half_precision_is_read_as_float32(dtype, tmp_path):
         where |= dict.fromkeys(part, file)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
-    _, params = huggingface.load(tmp_path)
+    config, kept = huggingface.load(tmp_path)
+    assert config.dtype == "float32"
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {np.dtype(dtype)}
+    np.testing.assert_array_equal(kept["embed"], half["model.embed_tokens.weight"])
+    _, params = huggingface.load(tmp_path, dtype="float32")
     expected = half["model.embed_tokens.weight"].astype(np.float32)
     assert params["embed"].dtype == np.float32
     np.testing.assert_array_equal(params["embed"], expected)
@@ -171,12 +175,19 @@ def test_sharded_half_precision_is_read_as_float32(dtype, tmp_path):
         huggingface.load(tmp_path)
 
 
-def test_a_tied_head_is_never_read(tmp_path):
+def test_a_tied_head_is_left_out_unless_it_is_another(monkeypatch, tmp_path):
+    """Compared two rows at a time, so that its last row counts."""
+    monkeypatch.setattr(huggingface, "_COMPARED_ROWS", 2)
     tensors = written(tmp_path, QWEN3)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    head = tensors["model.embed_tokens.weight"].copy()
+    tensors["lm_head.weight"] = head
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     config, params = huggingface.load(tmp_path)
     assert config.tie_embeddings and "head" not in params
+    head[-1, -1] += 1
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"ties lm_head.weight to .*another lm_head"):
+        huggingface.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +195,6 @@ def test_a_tied_head_is_never_read(tmp_path):
     [
         ({"architectures": ["LlamaForCausalLM"]}, "Qwen2ForCausalLM, Qwen3ForCausalLM"),
         ({"model_type": "qwen2"}, "Qwen3ForCausalLM of type qwen2"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
-        ({"use_sliding_window": True}, "sliding window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias"),
@@ -234,10 +243,31 @@ def test_check_names_what_is_missing(tmp_path):
     tokenizer.train(["some text"], []).save(tmp_path)
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
         huggingface.check(tmp_path)
-    written(tmp_path, QWEN3)
+    config = dataclasses.replace(QWEN3, vocab=300)
+    written(tmp_path, config)
     huggingface.check(tmp_path)
-    written(tmp_path, QWEN3, intermediate_size=11)
+    written(tmp_path, config, intermediate_size=11)
     with pytest.raises(ValueError, match="config.json asks for"):
+        huggingface.check(tmp_path)
+    written(tmp_path, config)
+    whole = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="tokenizer.json is not JSON"):
+        huggingface.check(tmp_path)
+
+
+def test_every_id_of_the_tokenizer_needs_a_row_and_rows_may_be_left(tmp_path):
+    words = tokenizer.train(["some text"], [])
+    words.save(tmp_path)
+    assert words.max_id == words.vocab_size - 1
+    for vocab in (words.vocab_size, words.vocab_size + 5):
+        written(tmp_path, dataclasses.replace(QWEN3, vocab=vocab))
+        huggingface.check(tmp_path)
+    written(tmp_path, dataclasses.replace(QWEN3, vocab=words.max_id))
+    named = (
+        f"tokenizer.json has ids up to {words.max_id}, but model.embed_tokens.weight"
+    )
+    with pytest.raises(ValueError, match=f"{named} has {words.max_id} rows"):
         huggingface.check(tmp_path)
 
 
