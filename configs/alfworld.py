@@ -18,7 +18,8 @@ ran Skill-SD, and take --config.model.path=FOLDER. Success they report (single r
   qwen2.5-7b   81.2       85.1   85.9
   qwen3-1.7b   46.1       52.3   53.9
 
-Not yet run here. SDAR itself: --config.objective.name=sdar.
+The other sizes are the same setting, without a published figure. None of them is run
+here yet. SDAR itself: --config.objective.name=sdar.
 """
 
 from skillsd_jax import presets
@@ -27,9 +28,14 @@ from skillsd_jax.config import Config
 PRESETS = {
     "": "small model from scratch, real engine, kitchens, four families, 15 turns",
     "smoke": "the same, cut to about a minute: shows that it runs",
+    "qwen2.5-0.5b": "the same setting, no published figure; needs --config.model.path",
+    "qwen2.5-1.5b": "the same setting, no published figure; needs --config.model.path",
     "qwen2.5-3b": "published setting, all rooms, 50 turns; needs --config.model.path",
     "qwen2.5-7b": "published setting, all rooms, 50 turns; needs --config.model.path",
+    "qwen3-0.6b": "the same setting, no published figure; needs --config.model.path",
     "qwen3-1.7b": "published setting, all rooms, 50 turns; needs --config.model.path",
+    "qwen3-4b": "the same setting, no published figure; needs --config.model.path",
+    "qwen3-8b": "the same setting, no published figure; needs --config.model.path",
 }
 
 

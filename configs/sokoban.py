@@ -7,7 +7,8 @@ levels at T = 0.4, seeds 0, 1, 2: 23 → 37, 27 → 38, 23 → 56 %.
 `:qwen3-4b` carries the published setting for Qwen3-4B-Instruct-2507 and takes
 --config.model.path=FOLDER. The paper reports 62.5 % success with Skill-SD, 51.6 % with
 GRPO (single runs). Not yet run here. What the paper leaves open is taken from the
-settings of the SDAR authors' ALFWorld scripts; each such line says SDAR.
+settings of the SDAR authors' ALFWorld scripts; each such line says SDAR. The other sizes
+are the same setting, without a published figure, and not yet run either.
 """
 
 from skillsd_jax import presets
@@ -16,14 +17,23 @@ from skillsd_jax.config import Config
 PRESETS = {
     "": "small model from scratch, one box, 15 turns",
     "smoke": "the same, cut to about a minute: shows that it runs",
+    "qwen2.5-0.5b": "the same setting, no published figure; needs --config.model.path",
+    "qwen2.5-1.5b": "the same setting, no published figure; needs --config.model.path",
+    "qwen2.5-3b": "the same setting, no published figure; needs --config.model.path",
+    "qwen2.5-7b": "the same setting, no published figure; needs --config.model.path",
+    "qwen3-0.6b": "the same setting, no published figure; needs --config.model.path",
+    "qwen3-1.7b": "the same setting, no published figure; needs --config.model.path",
     "qwen3-4b": "published setting, two boxes, 40 turns; needs --config.model.path",
+    "qwen3-8b": "the same setting, no published figure; needs --config.model.path",
 }
 
 
 def get_config(preset: str = "") -> Config:
     presets.known(preset, PRESETS)
-    if preset == "qwen3-4b":
-        return _published()
+    if preset.startswith("qwen"):
+        config = _published()
+        config.prompt.thinking = not preset.startswith("qwen3")  # SDAR: off for Qwen3
+        return config
     config = _embedded()
     return presets.smoke(config) if preset == "smoke" else config
 
@@ -69,7 +79,6 @@ def _published() -> Config:
     prompt.context = "windowed"  # SDAR: a prompt per turn
     prompt.history = 2  # SDAR
     prompt.style = "agent"  # a pretrained model must be told how to answer
-    prompt.thinking = False  # SDAR: off for Qwen3
     prompt.max_prompt_length = 2048  # SDAR
     prompt.max_response_length = 512  # SDAR
     prompt.max_skill_length = 1024  # ours: the paper names none

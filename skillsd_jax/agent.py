@@ -14,7 +14,7 @@ import skillsd_jax
 from skillsd_jax import artifacts, imitate, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
-from skillsd_jax.models import huggingface, qwen, tokenizer
+from skillsd_jax.models import huggingface, qwen, shapes, tokenizer
 from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import summarizer
 from skillsd_jax.validation import Refused
@@ -56,8 +56,7 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
     """
     if config.model.path:
         words = tokenizer.load(config.model.path)
-        model, params = huggingface.load(config.model.path)
-        model = dataclasses.replace(model, dtype=config.model.dtype)
+        model, params = _pretrained(config.model.path, config.model)
         record = {"path": config.model.path}
     else:
         words, model, params, record = _embedded(config, say)
@@ -87,9 +86,21 @@ def make_teacher(
             f"teacher.path={config.teacher.path!r} has another tokenizer than the "
             "student; token ids must mean the same: take a teacher of its family"
         )
-    model, params = huggingface.load(config.teacher.path)
-    model = dataclasses.replace(model, dtype=config.model.dtype)
+    model, params = _pretrained(config.teacher.path, config.model)
     return model, params, {"path": config.teacher.path}
+
+
+def _pretrained(folder: str, config: settings.Model):
+    """Shape and float32 masters of a Hugging Face folder."""
+    model, params = huggingface.load(folder, dtype="float32")
+    return _computed(model, config), params
+
+
+def _computed(model: qwen.ModelConfig, config: settings.Model) -> qwen.ModelConfig:
+    """The shape with what the settings say of how it is computed."""
+    return dataclasses.replace(
+        model, dtype=config.dtype, attention=config.attention, remat=config.remat
+    )
 
 
 def _embedded(
@@ -218,7 +229,10 @@ def _lexicon(config: settings.Environment) -> list[str]:
 
 
 def _shape(config: settings.Model, vocab: int) -> qwen.ModelConfig:
-    return qwen.ModelConfig(
+    if config.shape:
+        shape = dataclasses.replace(shapes.SHAPES[config.shape], vocab=vocab)
+        return _computed(shape, config)
+    shape = qwen.ModelConfig(
         vocab=vocab,
         width=config.width,
         layers=config.layers,
@@ -228,8 +242,8 @@ def _shape(config: settings.Model, vocab: int) -> qwen.ModelConfig:
         hidden=config.hidden,
         rope_theta=config.rope_theta,
         tie_embeddings=config.tie_embeddings,
-        dtype=config.dtype,
     )
+    return _computed(shape, config)
 
 
 def _save(folder: Path, made) -> None:

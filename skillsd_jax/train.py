@@ -31,7 +31,7 @@ from skillsd_jax import (
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
-from skillsd_jax.models import huggingface
+from skillsd_jax.models import huggingface, shapes
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import retrieval, summarizer
 
@@ -55,6 +55,7 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
         config,
         {
             "environment.name": ENVIRONMENTS,
+            "model.shape": ("", *shapes.SHAPES),
             "skills.retrieval": retrieval.RETRIEVAL,
         },
     )

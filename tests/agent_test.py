@@ -1,6 +1,7 @@
 """A warm start is made once for all that share it, and is the same ever after."""
 
 import compileall
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import skillsd_jax
 from skillsd_jax import agent, artifacts, imitate
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS, household
+from skillsd_jax.models import huggingface, qwen, shapes, tokenizer
 
 
 def toy(cache) -> settings.Config:
@@ -204,3 +206,47 @@ def test_bytecode_that_python_leaves_behind_shares_it(name, sources):
     before = name()
     compileall.compile_dir(sources, quiet=1)
     assert name() == before
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small Hugging Face folder in bfloat16, tokenizer included."""
+    words = tokenizer.train(["some text"], [])
+    words.save(tmp_path / "folder")
+    shape = dataclasses.replace(shapes.SHAPES["qwen2.5-0.5b"], vocab=words.vocab_size)
+    shape = dataclasses.replace(
+        shape, width=16, layers=1, hidden=8, heads=2, head_size=4
+    )
+    params = qwen.init(shape, jax.random.key(0))
+    huggingface.save(tmp_path / "folder", shape, params, dtype="bfloat16")
+    return str(tmp_path / "folder"), shape
+
+
+def test_a_pretrained_agent_and_teacher_have_float32_masters(folder, tmp_path):
+    path, shape = folder
+    config = settings.Config(model=settings.Model(path=path, dtype="bfloat16"))
+    config.model.attention, config.model.remat = "xla", "nothing"
+    config.teacher.path = path
+    student = agent.make_agent(config, print)
+    model, params, record = agent.make_teacher(config, student, print)
+    assert student.record == record == {"path": path}
+    assert (
+        student.player.model
+        == model
+        == dataclasses.replace(
+            shape, dtype="bfloat16", attention="xla", remat="nothing"
+        )
+    )
+    assert_same_bits(student.params, params)
+
+
+def test_a_named_shape_starts_from_scratch_in_the_embedded_vocabulary():
+    config = settings.Model(shape="qwen3-0.6b", attention="xla", remat="everything")
+    wanted = dataclasses.replace(
+        shapes.SHAPES["qwen3-0.6b"], vocab=321, attention="xla", remat="everything"
+    )
+    assert agent._shape(config, 321) == wanted
+    config = settings.Model(attention="xla", remat="everything")
+    made = agent._shape(config, 321)
+    assert (made.vocab, made.width, made.layers) == (321, 64, 2)
+    assert (made.attention, made.remat) == ("xla", "everything")

@@ -49,6 +49,7 @@ FILE_WRITERS = {
     "report",
     "skills.bank",
     "models.huggingface",
+    "models.tensor_files",
     "models.tokenizer",  # its save is given a path by artifacts.cached
     "agent",  # likewise: the warm start
 }

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from skillsd_jax import config, presets, validation
+from skillsd_jax.models import shapes
 
 FILES = sorted(presets.FOLDER.glob("*.py"))
 ALL = [
@@ -19,10 +20,7 @@ def test_the_promised_presets_are_there():
         ("household", ""),
         ("sokoban", ""),
         ("alfworld", ""),
-        ("sokoban", "qwen3-4b"),
-        ("alfworld", "qwen2.5-3b"),
-        ("alfworld", "qwen2.5-7b"),
-        ("alfworld", "qwen3-1.7b"),
+        *((name, size) for name in ("sokoban", "alfworld") for size in shapes.SHAPES),
         *((path.stem, "smoke") for path in FILES),
     } <= set(ALL)
 
@@ -48,6 +46,23 @@ def test_a_config_plays_the_environment_of_its_name(name, preset):
 def test_an_unknown_preset_is_refused_with_the_known_ones(path):
     with pytest.raises(validation.Refused, match="unknown preset 'x'; known: .*smoke"):
         presets.load(str(path)).get_config("x")
+
+
+@pytest.mark.parametrize(
+    "name, published",
+    [
+        ("alfworld", {"qwen2.5-3b", "qwen2.5-7b", "qwen3-1.7b"}),
+        ("sokoban", {"qwen3-4b"}),
+    ],
+)
+def test_sizes_differ_in_the_thought_alone_and_say_what_is_published(name, published):
+    texts = presets.load(str(presets.FOLDER / f"{name}.py")).PRESETS
+    for size in shapes.SHAPES:
+        settings = build(name, size)
+        assert settings.prompt.thinking is size.startswith("qwen2.5")
+        settings.prompt.thinking = build(name, "qwen3-4b").prompt.thinking
+        assert settings == build(name, "qwen3-4b")
+        assert texts[size].startswith("published") is (size in published)
 
 
 def test_published_settings_are_the_published_ones():
@@ -98,7 +113,7 @@ def test_the_listing_can_be_pasted_from_any_folder(monkeypatch, tmp_path):
         (["--config"], "no config file ''"),
         (["FILE", "--config.sed=1"], "unknown setting --config.sed; known .* seed,"),
         (["FILE", "--config.objective.x=1"], "known in config.objective: name, sdl"),
-        (["FILE", "--noconfig.model.x"], "known in config.model: path, required"),
+        (["FILE", "--noconfig.model.x"], "known in config.model: path, shape"),
         (["FILE", "--config.objective=1"], "is a section; set one of: name"),
         (["FILE", "--config.seed.x=1"], "config.seed is a value, not a section"),
         (["FILE", "--config.seed=1.5"], "wants int, not '1.5'"),

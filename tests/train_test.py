@@ -128,13 +128,14 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(finished):
 
 
 @pytest.mark.parametrize(
-    "section,key", [("environment", "name"), ("objective", "name")]
+    "section,key", [("environment", "name"), ("objective", "name"), ("model", "shape")]
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, section, key):
     config = toy(tmp_path)
     setattr(getattr(config, section), key, "nonsense")
     with pytest.raises(
-        validation.Refused, match="(?s)nonsense.*(known|one of).*(household|grpo)"
+        validation.Refused,
+        match="(?s)nonsense.*(known|one of).*(household|grpo|qwen3-8b)",
     ):
         train.run(config, str(tmp_path / "work"))
     assert not (tmp_path / "work").exists()

@@ -1,27 +1,22 @@
 """Hugging Face folders of Qwen2, Qwen2.5 and Qwen3: check, read, write."""
 
+import functools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  numpy reads bfloat16 once this is imported
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from skillsd_jax.models import qwen
+from skillsd_jax.models import config_file, qwen, tensor_files, tokenizer
 
-_MODEL_TYPES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-_DTYPES = ("BF16", "F16", "F32")
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_WRITTEN = tuple(tensor_files.DTYPES.values())
+_COMPARED_ROWS = 4096  # of two tensors at once
 _HEAD = "lm_head.weight"
-_TOP = {
-    "embed": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
-    "head": _HEAD,
-}
+_EMBED = "model.embed_tokens.weight"
+_TOP = {"embed": _EMBED, "norm": "model.norm.weight", "head": _HEAD}
 _PARTS = {
     "attention_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -40,7 +35,11 @@ _PARTS = {
 def check(folder: str | pathlib.Path) -> None:
     """Raises unless `folder` holds a model we can run, with tokenizer and weights.
 
-    Only names and headers are read.
+    Of the weights only names and headers are read.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, or something is not supported or does not fit.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -49,106 +48,116 @@ def check(folder: str | pathlib.Path) -> None:
         )
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json")
-    with _Tensors(folder) as tensors:
-        _expected(_read_config(folder, tensors), tensors)
+    config, _ = _expected(tensor_files.Tensors(folder))
+    tensor_files.json_object(folder / "tokenizer.json")
+    used = tokenizer.load(folder).max_id + 1
+    # Fewer are fine: the published embeddings are padded.
+    if used > config.vocab:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} has ids up to {used - 1}, but {_EMBED} has "
+            f"{config.vocab} rows; take the tokenizer of these weights"
+        )
 
 
-def load(folder: str | pathlib.Path) -> tuple[qwen.ModelConfig, qwen.Params]:
-    """Reads config.json and the safetensors next to it, as float32.
+def load(
+    folder: str | pathlib.Path, dtype: str | None = None, sharding: Any = None
+) -> tuple[qwen.ModelConfig, qwen.Params]:
+    """Reads config.json and the safetensors next to it.
+
+    Memory in use stays near that of the parameters: tensors are read one by one.
+
+    Args:
+      folder: of Hugging Face.
+      dtype: of the parameters; None: as in the file. Training wants 'float32' masters:
+        an update of 1e-5 is lost in bfloat16.
+      sharding: shardings, a tree like the parameters; a process then reads only what
+        its devices hold. None: everything on the first device.
+
+    Returns:
+      The shape, with matmuls in float32 whatever `dtype` is, and the parameters. Layers
+      of different dtypes are stacked in one that holds them all.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: an architecture, a dtype or a tensor is not what is expected.
+      ValueError: a file is damaged, or something is not supported or does not fit.
     """
-    folder = pathlib.Path(folder)
-    with _Tensors(folder) as tensors:
-        config = _read_config(folder, tensors)
-        shapes = _expected(config, tensors)
-        return config, jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.asarray(_read(path, leaf, tensors)), shapes
-        )
+    tensors = tensor_files.Tensors(pathlib.Path(folder))
+    config, shapes = _expected(tensors)
+    if config.tie_embeddings and _HEAD in tensors.names:
+        _refuse_another_head(tensors)
+    wanted = None if dtype is None else jnp.dtype(dtype)
+
+    def leaf(path, shape, sharding=None):
+        return _Leaf(path, shape.shape, tensors, wanted).array(sharding)
+
+    trees = (shapes,) if sharding is None else (shapes, sharding)
+    return config, jax.tree_util.tree_map_with_path(leaf, *trees)
 
 
 def save(
-    folder: str | pathlib.Path, config: qwen.ModelConfig, params: qwen.Params
+    folder: str | pathlib.Path,
+    config: qwen.ModelConfig,
+    params: qwen.Params,
+    dtype: str = "float32",
+    shard_bytes: int = 5 * 2**30,
+    tokens: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config.json and model.safetensors, in float32, as transformers reads them.
+    """Writes config.json and safetensors as transformers reads them.
 
-    The tokenizer is written by its own `save`.
+    At most one shard is copied at a time. The tokenizer is written by its own `save`.
+
+    Args:
+      folder: made if need be; weights that lie in it are replaced.
+      config: shape of the decoder, without adapters.
+      params: of that shape.
+      dtype: of the file: float32, bfloat16 or float16.
+      shard_bytes: of one file, at most; more is numbered and gets an index.
+      tokens: further fields of config.json, such as eos_token_id and pad_token_id.
+
+    Raises:
+      ValueError: adapters are not merged, or a value does not fit the dtype.
     """
-    if config.qk_norm == config.qkv_bias:
-        raise ValueError(
-            f"qk_norm={config.qk_norm} with qkv_bias={config.qkv_bias} is neither "
-            "Qwen2 (bias) nor Qwen3 (norm)"
-        )
+    if dtype not in _WRITTEN:
+        raise ValueError(f"dtype={dtype!r} is not written: {', '.join(_WRITTEN)}")
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if config.lora or any(path[-1].key.startswith("lora_") for path, _ in leaves):
+        raise ValueError("adapters have no place in a Qwen folder: merge first")
+    fields = config_file.written(config, dtype) | dict(tokens or {})
+    where = {
+        name: (leaf, n, _turned(path))
+        for path, leaf in leaves
+        for n, name in _names(path, config.layers)
+    }
+    size = jnp.dtype(dtype).itemsize
+    sizes = {
+        name: size * (leaf.size if n is None else leaf.size // config.layers)
+        for name, (leaf, n, _) in where.items()
+    }
+
+    def read(name: str) -> np.ndarray:
+        return _cast(name, *where[name], jnp.dtype(dtype))
+
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf, np.float32)
-        for n, name in _names(path, config.layers):
-            part = array if n is None else array[n]
-            arrays[name] = np.ascontiguousarray(part.T if _turned(path) else part)
-    safetensors.numpy.save_file(arrays, folder / _SINGLE, metadata={"format": "pt"})
-    text = json.dumps(_written_config(config), indent=2)
+    tensor_files.write(folder, sizes, read, shard_bytes)
+    text = json.dumps(fields, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-class _Tensors:
-    """The tensors of a folder by name; nothing is read before it is asked for."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        if (folder / _INDEX).is_file():
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            paths = sorted({folder / name for name in index["weight_map"].values()})
-        else:
-            paths = [folder / _SINGLE]
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} has no weights: {', '.join(missing)} is missing; only "
-                "safetensors are read"
-            )
-        self._files = [_open(path) for path in paths]
-        self._where = {
-            name: file for file in self._files for name in sorted(file.keys())
-        }
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for file in self._files:
-            file.__exit__(None, None, None)
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, once its dtype is known to be one we read."""
-        header = self._where[name].get_slice(name)
-        if header.get_dtype() not in _DTYPES:
-            raise ValueError(
-                f"{self.folder}: {name} is {header.get_dtype()}; only "
-                f"{', '.join(_DTYPES)} are read, so convert the checkpoint first"
-            )
-        return tuple(header.get_shape())
-
-    def read(self, name: str) -> np.ndarray:
-        return self._where[name].get_tensor(name)
+def _cast(name: str, leaf, n: int | None, turned: bool, dtype) -> np.ndarray:
+    part = np.asarray(leaf if n is None else leaf[n])
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray((part.T if turned else part).astype(dtype))
+    if dtype == np.float16 and not np.array_equal(
+        np.isfinite(array), np.isfinite(part.T if turned else part)
+    ):
+        raise ValueError(f"{name} has values beyond float16; write it as bfloat16")
+    return array
 
 
-def _open(path: pathlib.Path):
-    try:
-        return safetensors.safe_open(path, framework="np").__enter__()
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from error
-
-
-def _expected(config: qwen.ModelConfig, tensors: _Tensors):
-    """The shapes of our parameters, once the folder is known to hold them."""
+def _expected(tensors: tensor_files.Tensors):
+    """The shape of the decoder and of its parameters, which the folder does hold."""
+    config = config_file.read(tensors.folder / "config.json", _HEAD in tensors.names)
     shapes = jax.eval_shape(lambda: qwen.init(config, jax.random.key(0)))
     wanted = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -163,17 +172,34 @@ def _expected(config: qwen.ModelConfig, tensors: _Tensors):
             f"missing {_some(missing)}; not expected {_some(extra)}"
         )
     for name, shape in wanted.items():
-        if tensors.shape(name) != shape:
+        found = tensors.header(name)
+        if found.shape != shape:
             raise ValueError(
-                f"{tensors.folder}: {name} has shape {tensors.shape(name)}, "
+                f"{found.path}: {name} has shape {found.shape}, "
                 f"config.json asks for {shape}"
             )
-    return shapes
+    return config, shapes
 
 
 def _some(names: set[str]) -> str:
     listed = ", ".join(sorted(names)[:4]) or "nothing"
     return listed + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _refuse_another_head(tensors: tensor_files.Tensors) -> None:
+    """Raises unless the head that lies beside a tied embedding is the same."""
+    head, embed = tensors.header(_HEAD), tensors.header(_EMBED)
+    same, total = head.shape == embed.shape, embed.shape[0]
+    for start in range(0, total if same else 0, _COMPARED_ROWS):
+        rows = (slice(start, min(start + _COMPARED_ROWS, total)),)
+        a, b = tensors.read(_HEAD, rows), tensors.read(_EMBED, rows)
+        same &= np.array_equal(a, b)
+    if not same:
+        raise ValueError(
+            f"{tensors.folder / 'config.json'} ties {_HEAD} to {_EMBED}, but "
+            f"{head.path.name} holds another {_HEAD}; set tie_word_embeddings to what "
+            "the model is"
+        )
 
 
 def _names(path, layers: int) -> Iterator[tuple[int | None, str]]:
@@ -193,89 +219,44 @@ def _turned(path) -> bool:
     return path[-1].key == "kernel"
 
 
-def _read(path, leaf: jax.ShapeDtypeStruct, tensors: _Tensors) -> np.ndarray:
-    array = np.empty(leaf.shape, np.float32)
-    for n, name in _names(path, leaf.shape[0]):
-        part = tensors.read(name)
-        array[... if n is None else n] = part.T if _turned(path) else part
-    return array
+class _Leaf:
+    """One parameter, stacked from the tensors of its layers."""
 
+    def __init__(self, path, shape: tuple[int, ...], tensors, dtype):
+        self.shape, self.tensors, self.turned = shape, tensors, _turned(path)
+        self.names = dict(_names(path, shape[0]))
+        found = {tensors.dtype(name) for name in self.names.values()}
+        self.dtype = dtype or functools.reduce(jnp.promote_types, found)
 
-def _read_config(folder: pathlib.Path, tensors: _Tensors) -> qwen.ModelConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        text = json.loads(path.read_text(encoding="utf-8"))
-        _refuse(path, text)
-        # transformers 5 keeps RoPE in rope_parameters, older files at the top.
-        rope = text.get("rope_parameters") or text
-        qwen3 = text["model_type"] == "qwen3"
-        size = (
-            text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-        )
-        return qwen.ModelConfig(
-            vocab=text["vocab_size"],
-            width=text["hidden_size"],
-            layers=text["num_hidden_layers"],
-            heads=text["num_attention_heads"],
-            kv_heads=text["num_key_value_heads"],
-            head_size=size,
-            hidden=text["intermediate_size"],
-            rope_theta=float(rope["rope_theta"]),
-            tie_embeddings=text.get("tie_word_embeddings", _HEAD not in tensors.names),
-            norm_eps=text["rms_norm_eps"],
-            qkv_bias=not qwen3,
-            qk_norm=qwen3,
-            dtype="float32",
-        )
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}") from error
+    def array(self, sharding: jax.sharding.Sharding | None) -> jax.Array:
+        if sharding is None:
+            return jax.device_put(self.read([(0, size) for size in self.shape]))
+        read: dict[tuple, np.ndarray] = {}  # devices may hold the same part
 
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = tuple(
+                span.indices(size)[:2] for span, size in zip(index, self.shape)
+            )
+            if bounds not in read:
+                read[bounds] = self.read(bounds)
+            return read[bounds]
 
-def _refuse(path: pathlib.Path, text: dict) -> None:
-    """Raises on what the decoder would silently compute wrongly."""
-    architecture = (text.get("architectures") or ["none"])[0]
-    if _MODEL_TYPES.get(architecture) != text.get("model_type"):
-        raise ValueError(
-            f"{path}: {architecture} of type {text.get('model_type')} is not known; "
-            f"supported: {', '.join(_MODEL_TYPES)}"
-        )
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    layers = set(text.get("layer_types") or ()) - {"full_attention"}
-    faults = {
-        f"rope type {kind!r}": kind != "default",
-        f"layer types {sorted(layers)}": layers,
-        "sliding window": text.get("use_sliding_window"),
-        "quantization_config": text.get("quantization_config"),
-        "attention_bias": text.get("attention_bias"),
-        f"hidden_act {text.get('hidden_act')!r}": text.get("hidden_act") != "silu",
-    }
-    if any(faults.values()):
-        named = ", ".join(name for name, present in faults.items() if present)
-        raise ValueError(f"{path}: not supported: {named}")
+        return jax.make_array_from_callback(self.shape, sharding, part)
 
+    def read(self, bounds) -> np.ndarray:
+        """The part between bounds (first, beyond the last), one for each dimension."""
+        array = tensor_files.aligned(tuple(b - a for a, b in bounds), self.dtype)
+        if None in self.names:
+            self._fill(array, self.names[None], bounds)
+            return array
+        (start, stop), *rest = bounds
+        for n in range(start, stop):
+            self._fill(array[n - start], self.names[n], rest)
+        return array
 
-def _written_config(config: qwen.ModelConfig) -> dict:
-    architecture = "Qwen3ForCausalLM" if config.qk_norm else "Qwen2ForCausalLM"
-    return {
-        "architectures": [architecture],
-        "model_type": _MODEL_TYPES[architecture],
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_size,
-        "intermediate_size": config.hidden,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": config.tie_embeddings,
-        "torch_dtype": "float32",
-    }
+    def _fill(self, place: np.ndarray, name: str, bounds) -> None:
+        part = tuple(slice(a, b) for a, b in bounds)
+        if self.turned:
+            place[...] = self.tensors.read(name, part[::-1]).T
+        else:
+            place[...] = self.tensors.read(name, part)

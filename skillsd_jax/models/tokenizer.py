@@ -64,6 +64,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def max_id(self) -> int:
+        """The largest id; more than vocab_size − 1 where ids are left out."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values())
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: never a control id. Lone surrogates become '?'."""
         return list(self._cached(text))
