@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from skillsd_jax.models import qwen
+from skillsd_jax.models import qwen, tokenizer
 
 _MODEL_TYPES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 _DTYPES = ("BF16", "F16", "F32")
@@ -40,7 +40,7 @@ _PARTS = {
 def check(folder: str | pathlib.Path) -> None:
     """Raises unless `folder` holds a model we can run, with tokenizer and weights.
 
-    Only names and headers are read.
+    Of the weights only names and headers are read; the chat template is rendered.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -51,6 +51,7 @@ def check(folder: str | pathlib.Path) -> None:
         raise FileNotFoundError(f"{folder} has no tokenizer.json")
     with _Tensors(folder) as tensors:
         _expected(_read_config(folder, tensors), tensors)
+    tokenizer.load(folder).default_system  # noqa: B018  raises on its template
 
 
 def load(folder: str | pathlib.Path) -> tuple[qwen.ModelConfig, qwen.Params]:
