@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers
 from skillsd_jax.models import template
 
 _OPEN, _CLOSE, _PAD = template.OPEN, template.CLOSE, "<|endoftext|>"
+_SETTINGS = "tokenizer_config.json"
 _SPACE = "▁"  # how sentencepiece spells a space
 _MARKER = re.compile(r"<\|.*\|>", re.DOTALL)
 _NOWHERE = "\U000ffffd"  # for private use: no vocabulary knows it
@@ -55,8 +56,7 @@ class Tokenizer:
         self._open = _control_id(backend, _OPEN)
         self.stop_id = _control_id(backend, _CLOSE)
         pad = settings.get("pad_token") or _PAD
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        pad_id = backend.token_to_id(pad)
+        pad_id = backend.token_to_id(_content(pad))
         self.pad_id: int = self.stop_id if pad_id is None else pad_id
         control = {_OPEN, _CLOSE} | {
             token.content
@@ -210,7 +210,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     text = json.dumps(settings, indent=2, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (folder / _SETTINGS).write_text(text, encoding="utf-8")
 
 
 def _control_id(backend: tokenizers.Tokenizer, token: str) -> int:
@@ -230,19 +230,37 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
         raise FileNotFoundError(
             f"{path} is missing; a folder with a fast tokenizer is needed"
         )
-    settings, source = {}, str(folder)
-    if (folder / "tokenizer_config.json").is_file():
-        source = str(folder / "tokenizer_config.json")
-        settings = json.loads(pathlib.Path(source).read_text(encoding="utf-8"))
-    if (folder / "chat_template.jinja").is_file():
-        source = str(folder / "chat_template.jinja")
-        settings["chat_template"] = pathlib.Path(source).read_text(encoding="utf-8")
-    if "chat_template" not in settings:
-        source = str(folder)
     backend = tokenizers.Tokenizer.from_file(str(path))
     backend.no_truncation()  # a file may ask for either; both would spoil prompts
     backend.no_padding()
-    return Tokenizer(backend, settings, source)
+    return Tokenizer(backend, *_settings(folder))
+
+
+def _settings(folder: pathlib.Path) -> tuple[dict, str]:
+    """What is said beside tokenizer.json, and which file holds the chat template."""
+    path, template_path = folder / _SETTINGS, folder / "chat_template.jinja"
+    settings = _read(path)
+    if "added_tokens_decoder" not in settings:  # else transformers reads no older file
+        for name, value in _read(folder / "special_tokens_map.json").items():
+            several = isinstance(value, list)
+            settings[name] = [*map(_content, value)] if several else _content(value)
+    if template_path.is_file():
+        settings["chat_template"] = template_path.read_text(encoding="utf-8")
+        return settings, str(template_path)
+    return settings, str(path if "chat_template" in settings else folder)
+
+
+def _read(path: pathlib.Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _content(token: str | dict) -> str:
+    return token["content"] if isinstance(token, dict) else token
 
 
 def train(texts: Iterable[str], lexicon: Sequence[str], pieces: int = 200) -> Tokenizer:

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 from skillsd_jax.models import huggingface, qwen, tokenizer
+from tests.models import folders
 
 QWEN3 = qwen.ModelConfig(
     vocab=19,
@@ -239,6 +240,21 @@ def test_check_names_what_is_missing(tmp_path):
     written(tmp_path, QWEN3, intermediate_size=11)
     with pytest.raises(ValueError, match="config.json asks for"):
         huggingface.check(tmp_path)
+
+
+def test_check_reads_the_chat_template(folder):
+    for template, how, fault in (
+        (folders.POLITE, "list", None),
+        (folders.THINKER, "file", "opens a thought before every reply"),
+        (None, "nothing", "has no chat template"),
+    ):
+        path = folder("bpe", template, how)
+        written(path, QWEN3)
+        if fault is None:
+            huggingface.check(path)
+            continue
+        with pytest.raises(ValueError, match=fault):
+            huggingface.check(path)
 
 
 def test_a_mixture_of_the_families_is_not_written(tmp_path):
