@@ -81,7 +81,7 @@ class Prompt:
 
     context: str = "windowed"  # 'windowed' (a prompt per turn) or 'whole' (history)
     history: int = 0  # earlier turns shown by a windowed prompt
-    system: str = ""  # system message; "": none
+    system: str = ""  # system message; "": the chat template's own, if it has one
     style: str = "plain"  # 'plain' (instruction, observation) or 'agent' (told how)
     admissible: bool = False  # list the admissible commands
     thinking: bool = True  # False: replies begin with an empty thought, as Qwen3's do

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Int8
 
 from skillsd_jax import config as settings
+from skillsd_jax.models import template
 from skillsd_jax.trajectory import Role, Segment, Task, Turn
 
 CONTEXTS = ("windowed", "whole")
-# What Qwen3's chat template puts before a reply with enable_thinking=False.
-NO_THOUGHT = "<think>\n\n</think>\n\n"
+NO_THOUGHT = template.NO_THOUGHT
 
 
 class Encoder(Protocol):
@@ -25,6 +25,11 @@ class Encoder(Protocol):
     @property
     def stop_id(self) -> int:
         """The control token that ends a turn."""
+        ...
+
+    @property
+    def default_system(self) -> str:
+        """What a prompt says as system when prompt.system is not set; "": nothing."""
         ...
 
     def encode(self, text: str) -> Sequence[int]:
@@ -272,10 +277,11 @@ class Prompter:
         return text
 
     def _system(self) -> list[Segment]:
-        if not self.config.system:
-            return []
         encoder = self.encoder
-        ids = [*encoder.open_turn("system"), *encoder.encode(self.config.system)]
+        text = self.config.system or encoder.default_system
+        if not text:
+            return []
+        ids = [*encoder.open_turn("system"), *encoder.encode(text)]
         return [_segment(Role.SYSTEM, [*ids, *encoder.close_turn()])]
 
     def _task(self, task: Task) -> Segment:

@@ -19,6 +19,7 @@ class Words:
     """One id per word; enough of a tokenizer for prompting."""
 
     stop_id = 1
+    default_system = ""
 
     def __init__(self):
         self.ids = {}

@@ -40,6 +40,7 @@ WITHOUT_JAX = (
     "config",
     "artifacts",
     "models.tokenizer",
+    "models.template",
     "main",
 )
 FILE_WRITERS = {

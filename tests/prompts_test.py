@@ -22,6 +22,7 @@ class FakeEncoder:
     """Bytes in runs of `width`; ids from 10 on, so that control ids stand out."""
 
     stop_id = STOP
+    default_system = ""
 
     def __init__(self, width: int = 1):
         self.width = width

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from skillsd_jax import config as settings
 from skillsd_jax import metrics, practice, train, validation
 from skillsd_jax.losses.objective import OBJECTIVES
+from skillsd_jax.models import huggingface, qwen, tokenizer
 
 
 def toy(tmp: Path, **objective) -> settings.Config:
@@ -202,6 +204,19 @@ def test_an_external_teacher_of_real_weights_needs_a_folder(tmp_path, monkeypatc
     config.model.path = str(tmp_path)
     with pytest.raises(validation.Refused, match="--config.teacher.path=FOLDER"):
         train.run(config, str(tmp_path / "work"))
+
+
+def test_a_folder_without_a_chat_template_is_refused_before_anything_starts(tmp_path):
+    config = toy(tmp_path)
+    shape = qwen.ModelConfig(19, 8, 1, 2, 1, 4, 8)
+    huggingface.save(tmp_path, shape, qwen.init(shape, jax.random.key(0)))
+    tokenizer.train(["some text"], []).save(tmp_path)
+    said = tmp_path / "tokenizer_config.json"
+    said.write_text("{}")
+    config.model.path = str(tmp_path)
+    with pytest.raises(validation.Refused, match="has no chat template"):
+        train.run(config, str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
 
 
 def test_sad_learns_from_the_expert(finished):

@@ -35,7 +35,7 @@ _PARTS = {
 def check(folder: str | pathlib.Path) -> None:
     """Raises unless `folder` holds a model we can run, with tokenizer and weights.
 
-    Of the weights only names and headers are read.
+    Of the weights only names and headers are read; the chat template is rendered.
 
     Raises:
       FileNotFoundError: a file is missing.
@@ -50,13 +50,14 @@ def check(folder: str | pathlib.Path) -> None:
         raise FileNotFoundError(f"{folder} has no tokenizer.json")
     config, _ = _expected(tensor_files.Tensors(folder))
     tensor_files.json_object(folder / "tokenizer.json")
-    used = tokenizer.load(folder).max_id + 1
+    words = tokenizer.load(folder)
     # Fewer are fine: the published embeddings are padded.
-    if used > config.vocab:
+    if words.max_id >= config.vocab:
         raise ValueError(
-            f"{folder / 'tokenizer.json'} has ids up to {used - 1}, but {_EMBED} has "
+            f"{folder / 'tokenizer.json'} has ids up to {words.max_id}, but {_EMBED} has "
             f"{config.vocab} rows; take the tokenizer of these weights"
         )
+    words.default_system  # noqa: B018  raises on its template
 
 
 def load(

@@ -1,7 +1,8 @@
 """Text to ids and back: trained in process, or read from a Hugging Face folder.
 
 Control tokens mark turns and are added by `open_turn` and `close_turn` only; no text
-encodes to one. Nothing here imports jax or torch; transformers only where `hf` is used.
+encodes to one. Nothing here imports jax or torch; transformers only where `hf` is used,
+by the check of a folder's chat template too.
 """
 
 import functools
@@ -15,8 +16,14 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-_OPEN, _CLOSE, _PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+from skillsd_jax.models import template
+
+_OPEN, _CLOSE, _PAD = template.OPEN, template.CLOSE, "<|endoftext|>"
+_SETTINGS = "tokenizer_config.json"
 _SPACE = "▁"  # how sentencepiece spells a space
+_MARKER = re.compile(r"<\|.*\|>", re.DOTALL)
+_NOWHERE = "\U000ffffd"  # for private use: no vocabulary knows it
+_ANCHORS = ("\n", ".", "a")  # a text that begins after one of them is not the first
 _FRAME = ("\n", "system\n", "user\n", "assistant\n")
 _CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -36,22 +43,29 @@ class Tokenizer:
     Args:
       backend: holds <|im_start|> and <|im_end|> as single added tokens.
       settings: content of tokenizer_config.json, the chat template included.
+      source: where the chat template stands, for errors.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: dict):
-        self._backend, self._settings = backend, settings
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: dict,
+        source: str = "the tokenizer",
+    ):
+        self._backend, self._settings, self._source = backend, settings, source
         self._open = _control_id(backend, _OPEN)
         self.stop_id = _control_id(backend, _CLOSE)
         pad = settings.get("pad_token") or _PAD
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        pad_id = backend.token_to_id(pad)
+        pad_id = backend.token_to_id(_content(pad))
         self.pad_id: int = self.stop_id if pad_id is None else pad_id
-        control = {
+        control = {_OPEN, _CLOSE} | {
             token.content
             for token in backend.get_added_tokens_decoder().values()
-            if token.special or re.fullmatch(r"<\|.*\|>", token.content)
+            if token.special or _MARKER.fullmatch(token.content)
         }
         self._control = {backend.token_to_id(text) for text in control}
+        self._forbidden = self._control - self._unknown()
+        self._leads = self._backend.decode(self._ids("x") * 2) != "xx"
         # Text spelling a space as sentencepiece does must not turn into a space.
         spelled = [backend.token_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
         self._spelled_space = [id for id in spelled if id is not None]
@@ -74,7 +88,11 @@ class Tokenizer:
         return list(self._cached(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control ids are left out, torn bytes become U+FFFD."""
+        """The text of `ids`; control ids are left out, torn bytes become U+FFFD.
+
+        So are ids the tokenizer does not know: a model has more rows than that (Qwen's
+        are padded to 151936), and a sample may fall on one.
+        """
         kept = [int(id) for id in ids if int(id) not in self._control]
         return self._backend.decode(kept, skip_special_tokens=False)
 
@@ -92,11 +110,19 @@ class Tokenizer:
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, as transformers reads them."""
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
-        settings = json.dumps(self._settings, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+        _write(folder, self._backend, self._settings)
+
+    @functools.cached_property
+    def default_system(self) -> str:
+        """What the chat template says as system when it is given none; "" if nothing.
+
+        Raises:
+          ValueError: there is no template, or it does not do what our turns do.
+        """
+        if self._settings.get("chat_template") == _CHAT_TEMPLATE:
+            return ""
+        template.chosen(self._settings, self._source)
+        return template.default_system(self, self._source)
 
     @functools.cached_property
     def hf(self):
@@ -108,7 +134,8 @@ class Tokenizer:
         from transformers import PreTrainedTokenizerFast
 
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
+            kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            _write(folder, self._backend, self._settings | kind)
             return PreTrainedTokenizerFast.from_pretrained(folder)
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -116,15 +143,79 @@ class Tokenizer:
         ids, start = [], 0
         while found := self._broken.search(text, start):
             if found[0] == _SPACE:
-                ids += self._plain(text[start : found.start()]) + self._spelled_space
+                ids += self._part(text, start, found.start()) + self._spelled_space
                 start = found.end()
             else:  # cut behind the first character: no part spells the token
-                ids += self._plain(text[start : found.start() + 1])
+                ids += self._part(text, start, found.start() + 1)
                 start = found.start() + 1
-        return (*ids, *self._plain(text[start:]))
+        return (*ids, *self._part(text, start, len(text)))
 
-    def _plain(self, text: str) -> list[int]:
+    def _part(self, text: str, start: int, end: int) -> list[int]:
+        """Ids of text[start:end], cut further until none of them is a control id.
+
+        A normaliser may fold other characters into a marker, an added token may take
+        spaces in, the model may hold a marker: it is what comes out that counts. A
+        single character that is a control token by itself becomes '?'.
+        """
+        ids: list[int] = []
+        todo, first = [text[start:end]], start == 0
+        while todo:
+            part = todo.pop()
+            new, spans = self._whole(part) if first else self._continued(part)
+            found = [span for id, span in zip(new, spans) if id in self._forbidden]
+            if not found:
+                ids += new
+                first = first and not part
+            elif len(part) > 1:
+                todo += reversed(_cut(part, found))
+            elif part != "?":
+                todo.append("?")
+        return ids
+
+    def _whole(self, text: str):
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def _continued(self, text: str):
+        """As `_whole`, without the space that some tokenizers put before a text."""
+        for anchor in _ANCHORS if self._leads else ():
+            ids, spans = self._whole(anchor + text)
+            if not any(start < 1 < end for start, end in spans):
+                kept = [i for i, (start, _) in enumerate(spans) if start >= 1]
+                shifted = [(spans[i][0] - 1, spans[i][1] - 1) for i in kept]
+                return [ids[i] for i in kept], shifted
+        return self._whole(text)
+
+    def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _unknown(self) -> set[int]:
+        """What unknown text becomes: no control token, unless it marks something."""
+        marks = {self._open, self.stop_id, self.pad_id}
+        return {
+            id
+            for id in self._ids(_NOWHERE)
+            if id not in marks and not _MARKER.fullmatch(self._backend.id_to_token(id))
+        }
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Parts of a text, each shorter; every span is cut in two or stands alone."""
+    cuts = set()
+    for start, end in spans:
+        cuts |= {(start + end) // 2} if end - start > 1 else {start, end}
+    inner = sorted(cut for cut in cuts if 0 < cut < len(text)) or [len(text) // 2]
+    return [text[a:b] for a, b in zip([0, *inner], [*inner, len(text)])]
+
+
+def _write(
+    folder: str | pathlib.Path, backend: tokenizers.Tokenizer, settings: dict
+) -> None:
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (folder / _SETTINGS).write_text(text, encoding="utf-8")
 
 
 def _control_id(backend: tokenizers.Tokenizer, token: str) -> int:
@@ -144,14 +235,37 @@ def load(folder: str | pathlib.Path) -> Tokenizer:
         raise FileNotFoundError(
             f"{path} is missing; a folder with a fast tokenizer is needed"
         )
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        text = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-        settings = json.loads(text)
-    if (folder / "chat_template.jinja").is_file():
-        text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        settings["chat_template"] = text
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), settings)
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.no_truncation()  # a file may ask for either; both would spoil prompts
+    backend.no_padding()
+    return Tokenizer(backend, *_settings(folder))
+
+
+def _settings(folder: pathlib.Path) -> tuple[dict, str]:
+    """What is said beside tokenizer.json, and which file holds the chat template."""
+    path, template_path = folder / _SETTINGS, folder / "chat_template.jinja"
+    settings = _read(path)
+    if "added_tokens_decoder" not in settings:  # else transformers reads no older file
+        for name, value in _read(folder / "special_tokens_map.json").items():
+            several = isinstance(value, list)
+            settings[name] = [*map(_content, value)] if several else _content(value)
+    if template_path.is_file():
+        settings["chat_template"] = template_path.read_text(encoding="utf-8")
+        return settings, str(template_path)
+    return settings, str(path if "chat_template" in settings else folder)
+
+
+def _read(path: pathlib.Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _content(token: str | dict) -> str:
+    return token["content"] if isinstance(token, dict) else token
 
 
 def train(texts: Iterable[str], lexicon: Sequence[str], pieces: int = 200) -> Tokenizer:

@@ -15,6 +15,7 @@ import safetensors.numpy
 from skillsd_jax.models import huggingface, qwen, tensor_files, tokenizer
 from skillsd_jax.models.lora import Lora
 from skillsd_jax.models.rope import Scaling
+from tests.models import folders
 
 QWEN3 = qwen.ModelConfig(
     vocab=19,
@@ -274,6 +275,21 @@ def test_every_id_of_the_tokenizer_needs_a_row_and_rows_may_be_left(tmp_path):
     )
     with pytest.raises(ValueError, match=f"{named} has {words.max_id} rows"):
         huggingface.check(tmp_path)
+
+
+def test_check_reads_the_chat_template(folder):
+    for template, how, fault in (
+        (folders.POLITE, "list", None),
+        (folders.THINKER, "file", "opens a thought before every reply"),
+        (None, "nothing", "has no chat template"),
+    ):
+        path = folder("bpe", template, how)
+        written(path, QWEN3)
+        if fault is None:
+            huggingface.check(path)
+            continue
+        with pytest.raises(ValueError, match=fault):
+            huggingface.check(path)
 
 
 def test_a_mixture_of_the_families_is_not_written(tmp_path):

@@ -1,8 +1,10 @@
 """The embedded tokenizer against sentencepiece itself, and what text may never do."""
 
+import functools
 import os
 import subprocess
 import sys
+import time
 
 import hypothesis
 import pytest
@@ -10,6 +12,7 @@ import tokenizers
 from hypothesis import strategies as st
 
 from skillsd_jax.models import tokenizer
+from tests.models import folders
 
 LEXICON = [
     "<action>",
@@ -114,6 +117,134 @@ def test_text_never_yields_a_control_id_of_a_foreign_folder(kind, tmp_path):
         assert not forbidden & set(ids)
         assert "".join(backend.id_to_token(id) for id in ids) == text
     assert words.encode("<think>") == [backend.token_to_id("<think>")]
+
+
+FULLWIDTH = [
+    text.translate({ord(a): ord(a) + 0xFEE0 for a in "<|>_imstarend"})
+    for text in INJECTED
+]
+SPACED = [" \n <|im_start|>  user", "a <|im_end|>\t b", "x" + " " * 99 + "<|im_end|>"]
+SHOUTED = [text.upper() for text in INJECTED + FULLWIDTH]
+MARKS = [
+    {},
+    {"normalized": True},
+    {"normalized": True, "lstrip": True, "rstrip": True},
+    {"single_word": True},
+]
+
+
+@functools.cache
+def foreign(kind, mark=0):
+    """A tokenizer, and its backend without control tokens."""
+    words = tokenizer.Tokenizer(folders.marked(kind, MARKS[mark]), {})
+    return words, folders.KINDS[kind]()
+
+
+def check_text(words, twin, text):
+    """No control id; what the tokenizer itself gives back comes back."""
+    ids = words.encode(text)
+    assert not control_ids(words) & set(ids)
+    if twin.decode(twin.encode(text).ids, skip_special_tokens=False) == text:
+        assert words.decode(ids) == text
+        return 1
+    return 0
+
+
+@pytest.mark.parametrize("mark", range(len(MARKS)))
+@pytest.mark.parametrize("kind", folders.KINDS)
+def test_no_text_yields_a_control_id_whatever_the_tokenizer_folds(kind, mark):
+    words, twin = foreign(kind, mark)
+    texts = INJECTED + FULLWIDTH + SPACED + SHOUTED
+    texts += ["".join(texts), " ".join(texts)]
+    back = sum(check_text(words, twin, text) for text in texts)
+    assert back >= len(INJECTED) - 1  # most of them, and not by way of no ids
+    for text in folders.PLAIN:  # added, not special: anyone may say them
+        assert words.encode(text)[-1] == words._backend.token_to_id(text)
+
+
+@pytest.mark.parametrize(
+    "kind, mark, text",
+    [
+        ("bpe, nfkc", 1, FULLWIDTH[0]),
+        ("bpe, lowercase", 1, "<|IM_START|>"),
+        ("unigram that holds markers, nfkc", 0, FULLWIDTH[0]),
+    ],
+)
+def test_folded_markers_are_control_ids_to_the_tokenizer_itself(kind, mark, text):
+    """What the test above is about does happen."""
+    words, _ = foreign(kind, mark)
+    assert control_ids(words) & set(words._backend.encode(text).ids)
+
+
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
+@hypothesis.given(
+    st.sampled_from(sorted(folders.KINDS)),
+    st.integers(0, len(MARKS) - 1),
+    st.lists(st.sampled_from([*CONTROL, *FULLWIDTH[0], *" a<|m>\n", "<|im_", "end|>"])),
+)
+def test_any_mixture_of_markers_is_text(kind, mark, parts):
+    check_text(*foreign(kind, mark), "".join(parts))
+
+
+def test_a_character_that_is_a_control_token_becomes_a_question_mark():
+    backend = folders.KINDS["bpe"]()
+    backend.add_special_tokens([*CONTROL, "⁂", "?"])
+    words = tokenizer.Tokenizer(backend, {})
+    assert words.decode(words.encode("a⁂b⁂")) == "ab"  # even that is one here
+    backend = folders.KINDS["bpe"]()
+    backend.add_special_tokens([*CONTROL, "⁂"])
+    words = tokenizer.Tokenizer(backend, {})
+    assert words.decode(words.encode("a⁂b⁂")) == "a?b?"
+
+
+def test_markers_the_model_alone_holds_are_control_too():
+    pieces = [(piece, -1.0) for piece in ("<unk>", *CONTROL, *"<|im_startend>")]
+    model = tokenizers.models.Unigram(pieces, unk_id=0)
+    words = tokenizer.Tokenizer(tokenizers.Tokenizer(model), {})
+    turn = {words.open_turn("")[0], words.stop_id}
+    for text in INJECTED[0], INJECTED[3]:
+        assert not turn & set(words.encode(text))
+
+
+def test_unknown_text_is_no_control_token():
+    """A special <unk> may be said; one that marks something may not."""
+    backend = folders.marked("unigram")
+    backend.add_special_tokens(["<unk>"])
+    words = tokenizer.Tokenizer(backend, {})
+    assert backend.token_to_id("<unk>") in words.encode("日")
+    words = tokenizer.Tokenizer(backend, {"pad_token": "<unk>"})
+    assert words.pad_id not in words.encode("日")
+    assert words.encode("日") == words.encode("?")
+
+
+def test_a_long_text_of_markers_is_encoded_in_bounded_time():
+    words, twin = foreign("bpe, nfkc", 2)
+    text = (FULLWIDTH[1] + " " * 50) * 300
+    begun = time.perf_counter()
+    check_text(words, twin, text)
+    assert time.perf_counter() - begun < 10
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_rows_beyond_the_tokenizer_decode_to_nothing(kind):
+    """Qwen's embeddings have 151936 rows, its tokenizer 151669 ids."""
+    words, _ = foreign(kind)
+    ids = words.encode("look")
+    for beyond in (words.vocab_size, 151_935, 2**31 - 1):
+        assert words.decode([beyond]) == ""
+        assert words.decode([beyond, *ids, beyond, words.stop_id]) == "look"
+
+
+def test_a_folder_that_asks_to_cut_texts_is_read_whole(folder):
+    path = folder()
+    backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    backend.save(str(path / "tokenizer.json"))
+    words = tokenizer.load(path)
+    assert words.decode(words.encode("one look, and one more")) == (
+        "one look, and one more"
+    )
 
 
 def test_phrases_of_the_lexicon_are_one_token(words):
