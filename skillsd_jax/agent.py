@@ -14,7 +14,7 @@ import skillsd_jax
 from skillsd_jax import artifacts, imitate, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
-from skillsd_jax.models import huggingface, qwen, shapes, tokenizer
+from skillsd_jax.models import huggingface, lora, qwen, shapes, tokenizer
 from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import summarizer
 from skillsd_jax.validation import Refused
@@ -60,8 +60,72 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
         record = {"path": config.model.path}
     else:
         words, model, params, record = _embedded(config, say)
+    if config.model.lora_rank:
+        model = adapted(config.model, model)
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        params = lora.attach(model.lora, params, key)
     player = rollout.Player(model, words, config.prompt, config.rollout.rows)
     return Agent(player, params, record)
+
+
+def shape(config: settings.Model) -> qwen.ModelConfig:
+    """The network without adapters; from scratch, with a vocabulary of one word.
+
+    Raises:
+      FileNotFoundError, ValueError: its folder holds no model that can run.
+    """
+    if config.path:
+        return _computed(huggingface.check(config.path), config)
+    return _shape(config, 1)
+
+
+def adapted(config: settings.Model, model: qwen.ModelConfig) -> qwen.ModelConfig:
+    """`model` with the adapters that are set.
+
+    Raises:
+      ValueError: they match none of its linear maps.
+    """
+    if not config.lora_rank:
+        return model
+    chosen = lora.Lora(config.lora_rank, config.lora_alpha, config.lora_targets)
+
+    def attached(key):
+        return lora.attach(chosen, qwen.init(model, key), key)
+
+    jax.eval_shape(attached, jax.random.key(0))
+    return dataclasses.replace(model, lora=chosen)
+
+
+def finished(
+    config: settings.Config, trained: Any, say: Callable[[str], None]
+) -> tuple[tokenizer.Tokenizer, qwen.ModelConfig, Any]:
+    """Tokenizer, shape and whole weights of a student, adapters merged.
+
+    Args:
+      config: of its run.
+      trained: what the run's checkpoint holds: its weights, or its adapters.
+      say: told what is going on, a line at a time.
+    """
+    if config.model.path and not config.model.lora_rank:
+        return tokenizer.load(config.model.path), shape(config.model), trained
+    made = make_agent(config, say)
+    model = made.player.model
+    if model.lora is not None:
+        _, base = lora.split(made.params)
+        trained = lora.merge(model.lora, lora.join(trained, base))
+        model = dataclasses.replace(model, lora=None)
+    return made.player.encoder, model, trained
+
+
+def fingerprint(params: Any) -> str:
+    """Tells weights apart by their shapes and the first values of every layer."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    seen = [
+        (jax.tree_util.keystr(path), leaf.shape, np.asarray(leaf[:, :8]).tobytes())
+        for path, leaf in leaves
+        if leaf.ndim > 1
+    ]
+    return artifacts.content_hash(*seen)
 
 
 def make_teacher(
@@ -117,7 +181,8 @@ def _embedded(
         config.environment.name,
         config.environment.require_think,
         chosen,
-        config.model,
+        # Adapters come on top of a warm start.
+        dataclasses.replace(config.model, lora_rank=0, lora_alpha=0, lora_targets=""),
         config.prompt,
         config.imitate,
         config.seed,

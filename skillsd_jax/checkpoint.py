@@ -82,6 +82,45 @@ class Checkpointer:
         self._manager.close()
 
 
+def read(directory: Path | str, branch: str, step: int | None = None):
+    """One branch of a saved tree, as numpy arrays, without a template.
+
+    Args:
+      directory: of a Checkpointer.
+      branch: name of a field of the saved tree.
+      step: None: the newest.
+
+    Returns:
+      (step, the branch).
+
+    Raises:
+      ValueError: there is no such checkpoint; those that are there are named.
+    """
+    handlers = {
+        "tree": ocp.PyTreeCheckpointHandler(),
+        "host": ocp.JsonCheckpointHandler(),
+    }
+    manager = ocp.CheckpointManager(
+        Path(directory).absolute(),
+        options=ocp.CheckpointManagerOptions(create=False, read_only=True),
+        item_handlers=handlers,
+    )
+    steps = sorted(manager.all_steps())
+    step = steps[-1] if step is None and steps else step
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise ValueError(f"no checkpoint of step {step} in {directory}; there: {there}")
+    saved = manager.item_metadata(step).tree.tree[branch]
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    arguments = ocp.args.PyTreeRestore(
+        item={branch: wanted}, restore_args={branch: plain}, partial_restore=True
+    )
+    found = manager.restore(step, args=ocp.args.Composite(tree=arguments))
+    manager.close()
+    return step, found.tree[branch]
+
+
 def _array(leaf):
     """Orbax refuses numpy scalars."""
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf

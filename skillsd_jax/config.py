@@ -228,6 +228,27 @@ def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
+def from_dict(values: Mapping) -> Config:
+    """The settings that `to_dict` wrote; one that is not there keeps its default.
+
+    Raises:
+      ValueError: there is a setting we do not know.
+    """
+    return _filled(Config(), values, "")
+
+
+def _filled(section, values: Mapping, prefix: str):
+    known = [field.name for field in dataclasses.fields(section)]
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"unknown setting {prefix}{name}; known: {known}")
+        old = getattr(section, name)
+        nested = dataclasses.is_dataclass(old)
+        new = _filled(old, value, f"{prefix}{name}.") if nested else value
+        setattr(section, name, new)
+    return section
+
+
 def flatten(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
     """The settings of `to_dict` one by one, named as on the command line."""
     for key, value in values.items():

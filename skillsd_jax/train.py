@@ -23,17 +23,16 @@ from skillsd_jax import (
     metrics,
     panels,
     practice,
+    preflight,
     rollout,
     timing,
     tokens,
     validation,
 )
 from skillsd_jax import config as settings
-from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
-from skillsd_jax.models import huggingface, shapes
 from skillsd_jax.skills import bank as skill_bank
-from skillsd_jax.skills import retrieval, summarizer
+from skillsd_jax.skills import summarizer
 
 PURPOSES = ("rollout", "evaluate", "teacher")
 
@@ -51,60 +50,12 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     Raises:
       validation.Refused: the run cannot work; nothing has been changed.
     """
-    validation.validate(
-        config,
-        {
-            "environment.name": ENVIRONMENTS,
-            "model.shape": ("", *shapes.SHAPES),
-            "skills.retrieval": retrieval.RETRIEVAL,
-        },
-    )
-    _check_method(config)
-    _probe(config)
+    preflight.check(config)
     validation.claim_workdir(workdir, config)
     compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     with metrics.Progress(config.iterations) as progress:
         return Run(config, Path(workdir), progress).finish()
-
-
-def _check_method(config: settings.Config) -> None:
-    """The method exists, nothing set is ignored, and its teacher can be had."""
-    try:
-        method = recipe(config.objective.name)
-        method.scheduled(config.objective)
-        method.required(config.objective)
-    except ValueError as fault:
-        raise validation.Refused(str(fault)) from fault
-    wrong = method.ignored(config.objective)
-    if method.teacher and config.teacher.kind not in ("", method.teacher):
-        wrong = f"teacher.kind={config.teacher.kind!r}: its is {method.teacher}"
-    if config.rollout.draws > 1 and not method.rewarded:
-        wrong = "rollout.draws: equal rewards are no reason to drop a group"
-    if wrong:
-        name = config.objective.name
-        raise validation.Refused(f"objective.name={name} does not take {wrong}")
-    external = learner.teacher_kind(method, config.teacher) == "external"
-    if external and config.model.path and not config.teacher.path:
-        raise validation.Refused(
-            f"objective.name={config.objective.name} with an external teacher needs "
-            "its weights; pass --config.teacher.path=FOLDER, a Hugging Face folder of "
-            "the student's vocabulary"
-        )
-
-
-def _probe(config: settings.Config) -> None:
-    """Starts an episode and looks at the weights: what is missing ends the run now."""
-    try:
-        if config.model.path:
-            huggingface.check(config.model.path)
-        if config.teacher.path:
-            huggingface.check(config.teacher.path)
-        (environment,) = rollout.environments(config.environment, "train")
-        environment.reset(0)
-    except (ImportError, ValueError, OSError) as fault:
-        raise validation.Refused(str(fault)) from fault
-    environment.close()
 
 
 def _machine() -> str:
@@ -198,13 +149,13 @@ class Run:
         """Goes from where the run stands to its summary."""
         start = self._restore()
         with self.clock("compile"):
-            rollout.warm_up(self.player, self.state.params, self.recipe.hinted)
+            rollout.warm_up(self.player, self.state.weights, self.recipe.hinted)
         if not self.host:
             self.progress.say("before: student on the test panel, teacher on its own")
             with self.clock("evaluate"):
                 self.host |= self._standing("before")
             with self.clock("teacher"):
-                self.host |= self.panels.teacher(self.state.params)
+                self.host |= self.panels.teacher(self.state.weights)
             self.clock.lap()
         self.writer = metrics.open_writer(self.config.writers, self.workdir, start)
         for iteration in range(start, self.config.iterations):
@@ -227,7 +178,7 @@ class Run:
         config, clock = self.config, self.clock
         before = self.compilations.count
         with clock("rollout"):
-            practiced = self.practice.episodes(self.state.params, iteration, self.bank)
+            practiced = self.practice.episodes(self.state.weights, iteration, self.bank)
             played = practiced.kept
         with clock("skills"):
             made = experience.summarize(played, self.bank, config.skills.per_group)
@@ -311,14 +262,14 @@ class Run:
             self.bank, self.config.skills, rng, self.player.prompter
         )
         hint = hints.text if self.recipe.student_skill else None
-        results = self.panels.standing(self.state.params, hint)
+        results = self.panels.standing(self.state.weights, hint)
         return {when + name: dataclasses.asdict(r) for name, r in results.items()}
 
     def _during(self, iteration: int) -> dict[str, Any]:
         every, done = self.config.evaluate.every, iteration + 1
         if not every or done % every or done == self.config.iterations:
             return {}
-        result = self.panels.student(self.state.params)
+        result = self.panels.student(self.state.weights)
         return {"evaluation": dataclasses.asdict(result)}
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
@@ -336,22 +287,39 @@ class Run:
                 "bank": self.bank.state(),
                 "environment_steps": self.environment_steps,
                 "seconds": dict(self.clock.total),
+                "base": self._base(),
             }
-            self.checkpoints.save(done, self.state, host)
+            # A base never changes: adapters alone are kept.
+            trained = dataclasses.replace(self.state, frozen=None)
+            self.checkpoints.save(done, trained, host)
             self.bank.save(self.workdir / "skills.jsonl")
 
     def _restore(self) -> int:
         """Takes up the last checkpoint; returns the iteration to go on with."""
-        found = self.checkpoints.restore(self.state)
+        frozen = self.state.frozen
+        trained = dataclasses.replace(self.state, frozen=None)
+        found = self.checkpoints.restore(trained)
         if found is None:
             return 0
-        done, self.state, host = found
+        done, trained, host = found
+        if host["base"] != self._base():
+            raise validation.Refused(
+                f"the adapters in {self.workdir} were trained on other weights than "
+                f"those of {self.agent.record.get('path') or 'this warm start'}; give "
+                "the same base, or another --workdir"
+            )
+        self.state = dataclasses.replace(trained, frozen=frozen)
         self.host = host["figures"]
         self.bank = skill_bank.Bank.from_state(host["bank"])
         self.environment_steps = host["environment_steps"]
         self.clock = timing.Clock(host["seconds"])
         self.progress.say(f"resumed after iteration {done}")
         return done
+
+    def _base(self) -> str | None:
+        """A fingerprint of the weights beside the adapters."""
+        frozen = self.state.frozen
+        return None if frozen is None else agent.fingerprint(frozen)
 
     def _after(self) -> dict[str, Any]:
         """Final figures, summary.json and the table."""

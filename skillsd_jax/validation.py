@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -141,6 +142,12 @@ def _check_model(model: Model) -> None:
         )
     if model.head_size % 2:
         raise Refused(f"model.head_size={model.head_size} must be even for RoPE")
+    try:
+        re.compile(model.lora_targets)
+    except re.error as fault:
+        raise Refused(
+            f"model.lora_targets={model.lora_targets!r} is no regular expression: {fault}"
+        ) from fault
     if model.required and not model.path:
         raise Refused(
             "this preset trains published weights and none were given; pass "

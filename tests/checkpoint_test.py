@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from skillsd_jax import checkpoint
 from skillsd_jax.checkpoint import Checkpointer
 
 
@@ -105,3 +106,23 @@ def test_restored_arrays_lie_where_the_like_tree_lies(saved):
     saved.save(1, {"x": jnp.ones(4)}, {})
     found = saved.restore({"x": jax.device_put(jnp.zeros(4), place)})[1]
     assert found["x"].sharding == place
+
+
+def test_one_branch_is_read_without_a_template(saved, tmp_path):
+    for step in (1, 2):
+        saved.save(step, tree(step), {"n": step})
+    folder = tmp_path / "checkpoints"
+    step, params = checkpoint.read(folder, "params")
+    assert step == 2 and all(isinstance(x, np.ndarray) for x in params.values())
+    assert_same(params, jax.tree.map(np.asarray, tree(2)["params"]))
+    step, params = checkpoint.read(folder, "params", 1)
+    assert step == 1 and (params["a"] == 1).all()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(saved, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint of step None.*there: none"):
+        checkpoint.read(tmp_path / "checkpoints", "params")
+    saved.save(3, tree(), {})
+    for step in (0, 5):
+        with pytest.raises(ValueError, match=f"of step {step} in .*there: 3"):
+            checkpoint.read(tmp_path / "checkpoints", "params", step)

@@ -1,12 +1,25 @@
 import dataclasses
 import json
 
+import pytest
+
 from skillsd_jax import config
 
 
 def test_settings_survive_json():
     settings = config.to_dict(config.Config())
     assert json.loads(json.dumps(settings)) == settings
+
+
+def test_settings_come_back_from_what_a_run_wrote():
+    changed = config.Config(seed=3)
+    changed.model.lora_targets, changed.environment.alfworld.max_steps = "query", 7
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(changed)))) == changed
+    assert config.from_dict({"model": {"width": 8}}).model.width == 8
+    with pytest.raises(
+        ValueError, match=r"unknown setting model\.wide; known: .*width"
+    ):
+        config.from_dict({"model": {"wide": 8}})
 
 
 def test_every_setting_has_a_type_the_command_line_can_read():

@@ -17,10 +17,11 @@ PACKAGE = ROOT / "skillsd_jax"
 LINES = (
     ("main", "export", "inspect"),
     ("train",),
+    ("preflight",),
     ("agent", "panels", "practice"),
     ("evaluate", "experience", "imitate", "report"),
     ("rollout", "learner", "checkpoint", "metrics", "timing"),
-    ("episode",),
+    ("episode", "optimizers"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
     ("models",),

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from skillsd_jax import config as settings
 from skillsd_jax import learner, tokens
-from skillsd_jax.models import qwen
+from skillsd_jax.models import lora, qwen
 
 MODEL = qwen.ModelConfig(
     vocab=32, width=16, layers=1, heads=2, kv_heads=1, head_size=8, hidden=32
@@ -228,3 +229,66 @@ def test_the_update_compiles_once(params):
         arranged = learner.arrange(data, np.arange(rows), config.optimizer)
         state, _ = made.update(state, arranged)
     assert made._update._cache_size() == 1
+
+
+ADAPTED = dataclasses.replace(MODEL, lora=lora.Lora(rank=2, alpha=4.0, targets="mlp"))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "periodic", "ema", "live"])
+def test_with_adapters_everything_that_moves_is_an_adapter(params, kind):
+    """Trained, teacher, reference and moments have the adapters' structure."""
+    weights = lora.attach(ADAPTED.lora, params, jax.random.key(5))
+    adapters, base = lora.split(weights)
+    config = configured(learning_rate=0.01)
+    config.objective.kl_coefficient = 0.01
+    config.teacher.kind, config.teacher.every = kind, 1
+    made = learner.Learner(ADAPTED, config, updates=10)
+    state = made.init(jax.tree.map(jnp.copy, weights))
+    held = [
+        state.params,
+        state.reference,
+        *optax.tree.get_all_with_path(state.optimizer, "mu")[0][1:],
+    ]
+    held += [] if kind == "live" else [state.teacher]
+    for tree in held:
+        assert jax.tree.structure(tree) == jax.tree.structure(adapters)
+    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    for _ in range(2):
+        state, sums = made.update(state, arranged)
+    assert made._update._cache_size() == 1
+    assert_same(state.frozen, base, 0)
+    assert all(
+        np.abs(a - b).max() > 0
+        for a, b in zip(*map(jax.tree.leaves, (state.params, adapters)))
+    )
+    assert jax.tree.structure(state.weights) == jax.tree.structure(weights)
+    assert np.isfinite(learner.means(sums)["loss"])
+
+
+def test_adapters_learn_what_the_gradient_of_the_whole_says(params):
+    """Their first moment is the chain rule through kernel = base + 2 A B."""
+    config = configured(grad_clip=1e9)
+    config.objective.name = "grpo"
+    weights = lora.attach(ADAPTED.lora, params, jax.random.key(5))
+    made = learner.Learner(ADAPTED, config, updates=10)
+    state = made.init(jax.tree.map(jnp.copy, weights))
+    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    first = jax.tree.map(lambda x: x[:1], arranged)
+    state, _ = made.update(state, first)
+    whole = learner.Learner(MODEL, config, updates=10)
+    plain = whole.init(jax.tree.map(jnp.copy, params))
+    plain, _ = whole.update(plain, first)
+    part = optax.tree.get_all_with_path(plain.optimizer, "mu")[0][1]["layers"]["mlp"]
+    found = optax.tree.get_all_with_path(state.optimizer, "mu")[0][1]["layers"]["mlp"]
+    for name in ("gate", "up", "down"):
+        down = weights["layers"]["mlp"][name]["lora_down"]
+        wanted = 2.0 * jnp.einsum("nir,nio->nro", down, part[name]["kernel"])
+        np.testing.assert_allclose(found[name]["lora_up"], wanted, atol=1e-6)
+        assert np.abs(wanted).max() > 1e-4
+        assert not found[name]["lora_down"].any()  # B is zero at the start
+
+
+def test_weights_that_are_not_float32_are_not_trained(params):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    with pytest.raises(ValueError, match="must be float32, not bfloat16"):
+        learner.Learner(MODEL, configured(), updates=1).init(half)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from skillsd_jax import checkpoint, metrics, practice, train, validation
 from skillsd_jax import config as settings
-from skillsd_jax import metrics, practice, train, validation
 from skillsd_jax.losses.objective import OBJECTIVES
 from skillsd_jax.models import huggingface, qwen, tokenizer
 
@@ -112,6 +112,70 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(finished, monkeypatch):
     assert resumed["after"] == summary["after"]
     skills = [(tmp / name / "skills.jsonl").read_text() for name in ("work", "resumed")]
     assert skills[0] == skills[1]
+
+
+def adapted(tmp: Path) -> settings.Config:
+    config = toy(tmp)
+    config.model.lora_rank, config.optimizer.name = 2, "muon"
+    return config
+
+
+def test_adapters_train_on_the_same_warm_start_and_are_saved_alone(finished):
+    tmp, summary = finished
+    work = tmp / "adapters"
+    trained = train.run(adapted(tmp), str(work))
+    assert trained["before"] == summary["before"]
+    assert len(list((tmp / "cache" / "warm_starts").iterdir())) == 1
+    _, saved = checkpoint.read(work / "checkpoints", "params")
+    paths = jax.tree_util.tree_leaves_with_path(saved)
+    assert {path[-1].key for path, _ in paths} == {"lora_down", "lora_up"}
+    assert all(np.abs(leaf).max() > 0 for _, leaf in paths)
+    assert checkpoint.read(work / "checkpoints", "frozen")[1] is None
+    rows = metrics.read(work / "metrics.jsonl")
+    assert [row["compilations"] for row in rows[2:]] == [0, 0]
+
+
+def test_an_adapter_run_resumes_exactly_and_on_its_own_base_alone(
+    finished, monkeypatch
+):
+    tmp, _ = finished
+    whole, work = train.Run.iterate, tmp / "adapters-resumed"
+    train.run(adapted(tmp), str(tmp / "adapters-whole"))
+
+    def broken(self, iteration):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return whole(self, iteration)
+
+    monkeypatch.setattr(train.Run, "iterate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(adapted(tmp), str(work))
+    monkeypatch.setattr(train.Run, "iterate", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.agent, "fingerprint", lambda params: "another")
+        with pytest.raises(validation.Refused, match="trained on other weights"):
+            train.run(adapted(tmp), str(work))
+    train.run(adapted(tmp), str(work))
+    assert figures(work) == figures(tmp / "adapters-whole")
+
+
+@pytest.mark.parametrize(
+    "section, values, fault",
+    [
+        ("model", {"lora_rank": 2, "lora_targets": "q_proj"}, "matches none of"),
+        ("model", {"lora_targets": "("}, "is no regular expression"),
+        ("model", {"attention": "cudnn"}, "wants a GPU and model.dtype=bfloat16"),
+        ("model", {"attention": "flash"}, "unknown model.attention='flash'; known"),
+        ("optimizer", {"name": "sgd"}, "unknown optimizer.name='sgd'; known: adamw"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_so_is_refused(tmp_path, section, values, fault):
+    config = toy(tmp_path)
+    for name, value in values.items():
+        setattr(getattr(config, section), name, value)
+    with pytest.raises(validation.Refused, match=fault):
+        train.run(config, str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_warm_start_is_the_same_for_every_objective(finished):

@@ -32,8 +32,8 @@ _PARTS = {
 }
 
 
-def check(folder: str | pathlib.Path) -> None:
-    """Raises unless `folder` holds a model we can run, with tokenizer and weights.
+def check(folder: str | pathlib.Path) -> qwen.ModelConfig:
+    """The shape; raises unless `folder` holds a model we can run, with tokenizer and weights.
 
     Of the weights only names and headers are read; the chat template is rendered.
 
@@ -58,6 +58,7 @@ def check(folder: str | pathlib.Path) -> None:
             f"{config.vocab} rows; take the tokenizer of these weights"
         )
     words.default_system  # noqa: B018  raises on its template
+    return config
 
 
 def load(

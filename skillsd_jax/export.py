@@ -1,0 +1,83 @@
+"""Writes a trained student as a Hugging Face folder, adapters merged.
+
+  python -m skillsd_jax.export --workdir=RUN --out=FOLDER [--step=N] [--dtype=bfloat16]
+
+transformers loads the folder as it is: weights, config.json, tokenizer, chat template.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from skillsd_jax import config as settings
+from skillsd_jax.validation import Refused
+
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+OUT = flags.DEFINE_string("out", None, "new or empty folder", required=True)
+STEP = flags.DEFINE_integer("step", None, "iterations done; default: the last saved")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "of the written weights"
+)
+
+
+def read_config(workdir: Path) -> settings.Config:
+    """The settings of a run.
+
+    Raises:
+      Refused: the folder is none of a run.
+    """
+    path = workdir / "config.json"
+    try:
+        return settings.from_dict(json.loads(path.read_text()))
+    except OSError as fault:
+        raise Refused(f"{workdir} is no run: no config.json in it") from fault
+    except (ValueError, AttributeError, TypeError) as fault:
+        raise Refused(f"{path} is damaged or of another version: {fault}") from fault
+
+
+def claim(out: Path) -> None:
+    """Makes the folder.
+
+    Raises:
+      Refused: it holds something, or cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        taken = any(out.iterdir())
+    except OSError as fault:
+        raise Refused(f"--out={out} cannot be written: {fault.strerror}") from fault
+    if taken:
+        raise Refused(f"--out={out} is not empty; name a new folder")
+
+
+def export(workdir: Path, out: Path, step: int | None, dtype: str) -> str:
+    """Writes the folder; returns what was done, in a line."""
+    config = read_config(workdir)
+    from skillsd_jax import agent, checkpoint  # jax takes seconds: only now
+    from skillsd_jax.models import huggingface
+
+    try:
+        step, trained = checkpoint.read(workdir / "checkpoints", "params", step)
+        claim(out)
+        words, model, params = agent.finished(config, trained, print)
+    except (ValueError, OSError) as fault:
+        raise Refused(str(fault)) from fault
+    tokens = {"eos_token_id": words.stop_id, "pad_token_id": words.pad_id}
+    huggingface.save(out, model, params, dtype=dtype, tokens=tokens)
+    words.save(out)
+    return f"iteration {step} of {workdir} lies in {out}, {dtype}"
+
+
+def main(_) -> None:
+    logging.set_verbosity(logging.ERROR)  # orbax warns of reading only
+    try:
+        workdir, out = Path(WORKDIR.value), Path(OUT.value)
+        print(export(workdir, out, STEP.value, DTYPE.value))
+    except Refused as refusal:
+        sys.exit(f"refused: {refusal}")
+
+
+if __name__ == "__main__":
+    app.run(main)

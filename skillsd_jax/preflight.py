@@ -1,0 +1,73 @@
+"""What a run needs is there, and fits together, before anything starts."""
+
+import jax
+
+from skillsd_jax import agent, learner, rollout
+from skillsd_jax import config as settings
+from skillsd_jax.environments import ENVIRONMENTS
+from skillsd_jax.losses.objective import recipe
+from skillsd_jax.models import attention, huggingface, shapes
+from skillsd_jax.skills import retrieval
+from skillsd_jax.validation import Refused, validate
+
+
+def check(config: settings.Config) -> None:
+    """Values, method, model, weights, environment, in this order.
+
+    Raises:
+      Refused: the run cannot work; nothing has been changed.
+    """
+    validate(
+        config,
+        {
+            "environment.name": ENVIRONMENTS,
+            "model.shape": ("", *shapes.SHAPES),
+            "skills.retrieval": retrieval.RETRIEVAL,
+        },
+    )
+    _check_method(config)
+    _probe(config)
+
+
+def _check_method(config: settings.Config) -> None:
+    """The method exists, nothing set is ignored, and its teacher can be had."""
+    try:
+        method = recipe(config.objective.name)
+        method.scheduled(config.objective)
+        method.required(config.objective)
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+    wrong = method.ignored(config.objective)
+    if method.teacher and config.teacher.kind not in ("", method.teacher):
+        wrong = f"teacher.kind={config.teacher.kind!r}: its is {method.teacher}"
+    if config.rollout.draws > 1 and not method.rewarded:
+        wrong = "rollout.draws: equal rewards are no reason to drop a group"
+    if wrong:
+        name = config.objective.name
+        raise Refused(f"objective.name={name} does not take {wrong}")
+    external = learner.teacher_kind(method, config.teacher) == "external"
+    if external and config.model.path and not config.teacher.path:
+        raise Refused(
+            f"objective.name={config.objective.name} with an external teacher needs "
+            "its weights; pass --config.teacher.path=FOLDER, a Hugging Face folder of "
+            "the student's vocabulary"
+        )
+
+
+def _probe(config: settings.Config) -> None:
+    """Looks at the weights and starts an episode: what is missing ends the run now."""
+    try:
+        model = agent.shape(config.model)
+        if config.teacher.path:
+            huggingface.check(config.teacher.path)
+        agent.adapted(config.model, model)
+        (environment,) = rollout.environments(config.environment, "train")
+        environment.reset(0)
+    except (ImportError, ValueError, OSError) as fault:
+        raise Refused(str(fault)) from fault
+    environment.close()
+    fault = attention.refuse(
+        model.attention, model.head_size, model.dtype, jax.default_backend()
+    )
+    if fault:
+        raise Refused(fault)
