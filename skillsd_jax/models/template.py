@@ -95,7 +95,7 @@ def _leading(shown: str, source: str) -> str:
     opened, closed = f"{OPEN}system\n", f"{CLOSE}\n"
     system = head.removeprefix(opened).removesuffix(closed)
     given = system and OPEN not in system and CLOSE not in system
-    if tail or not found or head != (f"{opened}{system}{closed}" if given else ""):
+    if head != (f"{opened}{system}{closed}" if given else ""):
         wanted = f"{opened}…{closed}{body}" if shown.startswith(opened) else body
         raise ValueError(
             f"{source} does not frame turns as ChatML: " + _differ(wanted, shown)

@@ -77,6 +77,9 @@ KINDS = {
     "unigram that holds markers": lambda: unigram("first", ("<unk>", *CONTROL)),
     "bpe, nfkc": lambda: folded(bpe(), normalizers.NFKC()),
     "bpe, lowercase": lambda: folded(bpe(), normalizers.Lowercase()),
+    "unigram that leads and holds markers, nfkc": lambda: folded(
+        unigram("first", ("<unk>", *CONTROL)), normalizers.NFKC()
+    ),
     "unigram that holds markers, nfkc": lambda: folded(
         unigram("never", ("<unk>", *CONTROL)), normalizers.NFKC()
     ),
