@@ -628,3 +628,30 @@ def test_a_shard_reads_its_part_of_the_file_and_nothing_else(tmp_path):
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_both_styles_of_rotary_fields_and_of_windows_are_written(tmp_path):
+    scaling = Scaling("yarn", 4.0, 16, 8.0, 0.5, 1.25, False)
+    config = dataclasses.replace(QWEN3, scaling=scaling, window=3, window_layers=(1,))
+    huggingface.save(tmp_path, config, qwen.init(config, jax.random.key(0)))
+    text = json.loads((tmp_path / "config.json").read_text())
+    assert text["rope_parameters"] == text["rope_scaling"] | {"rope_theta": 5e6}
+    assert (text["rope_theta"], text["max_position_embeddings"]) == (5e6, 64)
+    assert text["layer_types"] == ["full_attention", "sliding_attention"]
+    assert text["max_window_layers"] == 1
+    for style in (("rope_theta", "rope_scaling"), ("rope_parameters",)):
+        other = {name: v for name, v in text.items() if not name.startswith("rope")}
+        other |= {name: text[name] for name in style}
+        del other["layer_types"]
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        assert huggingface.load(tmp_path)[0] == config
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path):
+    tensors = written(tmp_path, QWEN3)
+    where = sharded(tmp_path, {k: v + 1 for k, v in tensors.items()})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    written(tmp_path, QWEN3)
+    _, params = huggingface.load(tmp_path)
+    np.testing.assert_array_equal(params["norm"], tensors["model.norm.weight"])
