@@ -200,6 +200,7 @@ def test_a_tied_head_is_left_out_unless_it_is_another(monkeypatch, tmp_path):
     [
         ({"architectures": ["LlamaForCausalLM"]}, "Qwen2ForCausalLM, Qwen3ForCausalLM"),
         ({"model_type": "qwen2"}, "Qwen3ForCausalLM of type qwen2"),
+        ({"model_type": None, "architectures": None}, "none of type None is not known"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias"),
@@ -259,6 +260,10 @@ def test_check_names_what_is_missing(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(whole[:-9])
     with pytest.raises(ValueError, match="tokenizer.json is not JSON"):
         huggingface.check(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(whole)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
+        huggingface.check(tmp_path)
 
 
 def test_every_id_of_the_tokenizer_needs_a_row_and_rows_may_be_left(tmp_path):
@@ -313,7 +318,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope type 'llama3'"),
-        ({"rope_scaling": YARN | {"type": "mrope"}}, "rope type 'mrope' and 'yarn'"),
+        ({"rope_scaling": YARN | {"type": "linear"}}, "rope type 'linear' and 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 must be ≥ 1"),
         ({"rope_scaling": YARN | {"factor": "4"}}, "rope_scaling.factor='4' must be a"),
