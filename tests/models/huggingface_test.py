@@ -404,7 +404,11 @@ def test_scaling_is_read_as_transformers_fills_it_in(changes, wanted, tmp_path):
     "changes, wanted",
     [
         ({"sliding_window": 4, "max_window_layers": 0}, (None, None)),
-        ({"use_sliding_window": True, "sliding_window": None}, (None, None)),
+        (
+            {"use_sliding_window": True, "sliding_window": None}
+            | {"max_window_layers": 0},
+            (None, None),
+        ),
         ({"use_sliding_window": True, "sliding_window": 4}, (None, None)),  # from 28 on
         (
             {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
