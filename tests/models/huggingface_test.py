@@ -309,6 +309,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"is_causal": False}, "is_causal"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_theta": None}, "lacks rope_theta, at the top and in rope_parameters"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf must be a number > 1"),
         ({"rope_theta": 0.5}, "rope_theta=0.5 must be a number > 1"),
         ({"rope_parameters": {"rope_theta": 7.0}}, "contradict each other"),
         (
