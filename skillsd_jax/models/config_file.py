@@ -181,7 +181,7 @@ class Fields:
 def _family(fields: Fields) -> str:
     architecture = (fields.texts("architectures") or ["none"])[0]
     kind = fields.text("model_type")
-    if ARCHITECTURES.get(architecture) != kind:
+    if kind is None or ARCHITECTURES.get(architecture) != kind:
         raise fields.fault(
             f"{architecture} of type {kind} is not known; "
             f"supported: {', '.join(ARCHITECTURES)}"

@@ -201,6 +201,7 @@ def test_a_tied_head_is_left_out_unless_it_is_another(monkeypatch, tmp_path):
     [
         ({"architectures": ["LlamaForCausalLM"]}, "Qwen2ForCausalLM, Qwen3ForCausalLM"),
         ({"model_type": "qwen2"}, "Qwen3ForCausalLM of type qwen2"),
+        ({"model_type": None, "architectures": None}, "none of type None is not known"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias"),
@@ -259,6 +260,10 @@ def test_check_names_what_is_missing(tmp_path):
     whole = (tmp_path / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").write_bytes(whole[:-9])
     with pytest.raises(ValueError, match="tokenizer.json is not JSON"):
+        huggingface.check(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(whole)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         huggingface.check(tmp_path)
 
 
@@ -320,6 +325,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"is_causal": False}, "is_causal"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_theta": None}, "lacks rope_theta, at the top and in rope_parameters"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf must be a number > 1"),
         ({"rope_theta": 0.5}, "rope_theta=0.5 must be a number > 1"),
         ({"rope_parameters": {"rope_theta": 7.0}}, "contradict each other"),
         (
@@ -329,7 +335,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope type 'llama3'"),
-        ({"rope_scaling": YARN | {"type": "mrope"}}, "rope type 'mrope' and 'yarn'"),
+        ({"rope_scaling": YARN | {"type": "linear"}}, "rope type 'linear' and 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5 must be ≥ 1"),
         ({"rope_scaling": YARN | {"factor": "4"}}, "rope_scaling.factor='4' must be a"),
@@ -415,7 +421,11 @@ def test_scaling_is_read_as_transformers_fills_it_in(changes, wanted, tmp_path):
     "changes, wanted",
     [
         ({"sliding_window": 4, "max_window_layers": 0}, (None, None)),
-        ({"use_sliding_window": True, "sliding_window": None}, (None, None)),
+        (
+            {"use_sliding_window": True, "sliding_window": None}
+            | {"max_window_layers": 0},
+            (None, None),
+        ),
         ({"use_sliding_window": True, "sliding_window": 4}, (None, None)),  # from 28 on
         (
             {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
@@ -644,3 +654,30 @@ def test_a_shard_reads_its_part_of_the_file_and_nothing_else(tmp_path):
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_both_styles_of_rotary_fields_and_of_windows_are_written(tmp_path):
+    scaling = Scaling("yarn", 4.0, 16, 8.0, 0.5, 1.25, False)
+    config = dataclasses.replace(QWEN3, scaling=scaling, window=3, window_layers=(1,))
+    huggingface.save(tmp_path, config, qwen.init(config, jax.random.key(0)))
+    text = json.loads((tmp_path / "config.json").read_text())
+    assert text["rope_parameters"] == text["rope_scaling"] | {"rope_theta": 5e6}
+    assert (text["rope_theta"], text["max_position_embeddings"]) == (5e6, 64)
+    assert text["layer_types"] == ["full_attention", "sliding_attention"]
+    assert text["max_window_layers"] == 1
+    for style in (("rope_theta", "rope_scaling"), ("rope_parameters",)):
+        other = {name: v for name, v in text.items() if not name.startswith("rope")}
+        other |= {name: text[name] for name in style}
+        del other["layer_types"]
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        assert huggingface.load(tmp_path)[0] == config
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path):
+    tensors = written(tmp_path, QWEN3)
+    where = sharded(tmp_path, {k: v + 1 for k, v in tensors.items()})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    written(tmp_path, QWEN3)
+    _, params = huggingface.load(tmp_path)
+    np.testing.assert_array_equal(params["norm"], tensors["model.norm.weight"])

@@ -4,14 +4,22 @@ With torch: every variant of golden.py, made on the spot. Without: the committed
 """
 
 import functools
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from skillsd_jax.models import huggingface, qwen
-from tests.models import golden
+
+# By its path: some packages install a `tests` of their own.
+_spec = importlib.util.spec_from_file_location(
+    "golden", Path(__file__).with_name("golden.py")
+)
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
 
 apply = jax.jit(qwen.apply, static_argnums=0)
 GOLDEN = sorted(folder.name for folder in golden.REFERENCE.glob("golden_*"))
