@@ -68,16 +68,16 @@ def _muon(rate: optax.Schedule, config: settings.Optimizer):
     An update has AdamW's root mean square (0.2 · √max(in, out) of arXiv 2502.16982), so
     both share one learning rate. Muon's momentum is its authors' 0.95.
     """
-    return contrib.muon(
+    muon = contrib.muon(
         rate,
         weight_decay=config.weight_decay,
         mu_dtype=_moments(config),
-        adam_b1=config.beta1,
-        adam_b2=config.beta2,
-        adam_weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=_matrices,
+        muon_weight_dimension_numbers=lambda tree: jax.tree.map(
+            lambda _: _STACKED, tree
+        ),
         consistent_rms=0.2,
     )
+    return optax.partition({True: muon, False: _adamw(rate, config)}, _matrices)
 
 
 OPTIMIZERS: dict[str, Callable] = {"adamw": _adamw, "lion": _lion, "muon": _muon}
@@ -88,9 +88,7 @@ def _moments(config: settings.Optimizer) -> str | None:
 
 
 def _matrices(params):
-    """Muon's dimension numbers where a leaf is a matrix per layer, None elsewhere."""
-
-    def numbers(path, _):
-        return _STACKED if path[-1].key in _MATRICES else None
-
-    return jax.tree_util.tree_map_with_path(numbers, params)
+    """Which leaves hold a matrix per layer."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in _MATRICES, params
+    )

@@ -92,7 +92,7 @@ def test_muon_orthogonalises_each_layer_by_itself(params):
 
 
 def test_muon_leaves_what_is_no_matrix_to_adamw(params):
-    steps, (_, _) = changes(setting("muon"), params)
+    steps, _ = changes(setting("muon"), params)
     wanted, _ = changes(setting("adamw"), params)
     for name in ("embed", "norm"):
         np.testing.assert_allclose(steps[2][name], wanted[2][name], rtol=1e-5)
@@ -114,8 +114,7 @@ def test_bfloat16_moments_halve_the_first_ones_alone(name, params):
         for part in ("mu", "nu")
         if (found := [value for _, value in optax.tree.get_all_with_path(state, part)])
     }
-    first = {"bfloat16", "float32"} if name == "muon" else {"bfloat16"}
-    assert kinds["mu"] == first  # muon leaves AdamW's own in float32
+    assert kinds["mu"] == {"bfloat16"}
     assert kinds.get("nu", {"float32"}) == {"float32"}
     _, state = changes(setting(name), params, steps=1)
     leaves = [
@@ -127,7 +126,7 @@ def test_bfloat16_moments_halve_the_first_ones_alone(name, params):
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_a_loss_falls(name):
     weight = {"kernel": jax.random.normal(jax.random.key(0), (2, 6, 6))}
-    rule = optimizers.make(setting(name, learning_rate=0.02), 10)
+    rule = optimizers.make(setting(name, learning_rate=0.05), 10)
 
     def loss(weight):
         return jnp.mean((weight["kernel"] - 1.0) ** 2)
@@ -138,7 +137,7 @@ def test_a_loss_falls(name):
         return optax.apply_updates(weight, change), state
 
     before, state = loss(weight), rule.init(weight)
-    for _ in range(60):
+    for _ in range(100):
         weight, state = step(weight, state)
     assert loss(weight) < 0.5 * before
 

@@ -52,13 +52,13 @@ def check(folder: str | pathlib.Path) -> qwen.ModelConfig:
     for file in sorted(folder.glob("tokenizer*.json")):
         tensor_files.json_object(file)
     words = tokenizer.load(folder)
+    words.default_system  # noqa: B018  raises on its template
     # Fewer are fine: the published embeddings are padded.
     if words.max_id >= config.vocab:
         raise ValueError(
             f"{folder / 'tokenizer.json'} has ids up to {words.max_id}, but {_EMBED} has "
             f"{config.vocab} rows; take the tokenizer of these weights"
         )
-    words.default_system  # noqa: B018  raises on its template
     return config
 
 

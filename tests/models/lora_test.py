@@ -46,7 +46,7 @@ def test_fresh_adapters_change_no_logit(base):
         qwen.init(CONFIG, jax.random.key(2))
     )
     found = qwen.apply(CONFIG, params, TOKENS)
-    np.testing.assert_array_equal(found, qwen.apply(BASE, base, TOKENS))
+    np.testing.assert_allclose(found, qwen.apply(BASE, base, TOKENS), atol=1e-5)
     down = params["layers"]["mlp"]["gate"]["lora_down"]
     assert np.abs(down).min() > 0 and 0.15 < down.std() < 0.35  # 16^-½ = 0.25
 
