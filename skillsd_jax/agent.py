@@ -29,6 +29,7 @@ SOURCES = (
     "tokens.py",
     "agent.py",
 )
+ADAPTERS = 1 << 20  # folded into the run's key; its other uses fold in small numbers
 CORPUS_EPISODES = 500  # demonstrations the embedded tokenizer is trained on
 
 
@@ -62,7 +63,7 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
         words, model, params, record = _embedded(config, say)
     if config.model.lora_rank:
         model = adapted(config.model, model)
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        key = jax.random.fold_in(jax.random.key(config.seed), ADAPTERS)
         params = lora.attach(model.lora, params, key)
     player = rollout.Player(model, words, config.prompt, config.rollout.rows)
     return Agent(player, params, record)
@@ -97,33 +98,75 @@ def adapted(config: settings.Model, model: qwen.ModelConfig) -> qwen.ModelConfig
 
 
 def finished(
-    config: settings.Config, trained: Any, say: Callable[[str], None]
+    config: settings.Config,
+    trained: Any,
+    origin: dict[str, Any],
+    say: Callable[[str], None],
 ) -> tuple[tokenizer.Tokenizer, qwen.ModelConfig, Any]:
     """Tokenizer, shape and whole weights of a student, adapters merged.
 
     Args:
       config: of its run.
       trained: what the run's checkpoint holds: its weights, or its adapters.
+      origin: what they were trained with, as `origin_of` says it.
       say: told what is going on, a line at a time.
+
+    Raises:
+      ValueError: the tokenizer or the base is not the one of the run any more.
     """
     if config.model.path and not config.model.lora_rank:
-        return tokenizer.load(config.model.path), shape(config.model), trained
-    made = make_agent(config, say)
-    model = made.player.model
+        words, model, base = (
+            tokenizer.load(config.model.path),
+            shape(config.model),
+            None,
+        )
+    else:
+        made = make_agent(config, say)
+        words, model, base = made.player.encoder, made.player.model, None
+        if model.lora is not None:
+            _, base = lora.split(made.params)
+    check_origin(origin, origin_of(words, base))
     if model.lora is not None:
-        _, base = lora.split(made.params)
         trained = lora.merge(model.lora, lora.join(trained, base))
         model = dataclasses.replace(model, lora=None)
-    return made.player.encoder, model, trained
+    return words, model, trained
+
+
+def origin_of(
+    words: tokenizer.Tokenizer, base: Any = None, teacher: Any = None
+) -> dict[str, Any]:
+    """Fingerprints of what a checkpoint counts on and does not hold.
+
+    Args:
+      words: the student's tokenizer.
+      base: weights beside adapters.
+      teacher: weights of an external teacher.
+    """
+    parts = {"base": base, "teacher": teacher}
+    held = {name: part and fingerprint(part) for name, part in parts.items()}
+    return {"tokenizer": words.fingerprint, **held}
+
+
+def check_origin(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError where a part is not what the checkpoint was trained with."""
+    changed = [name for name in now if now[name] and now[name] != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"the checkpoint was trained with another {' and '.join(changed)}; give the "
+            "same files and the same version of this program, or start anew"
+        )
 
 
 def fingerprint(params: Any) -> str:
     """Tells weights apart by their shapes and the first values of every layer."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     seen = [
-        (jax.tree_util.keystr(path), leaf.shape, np.asarray(leaf[:, :8]).tobytes())
+        (
+            jax.tree_util.keystr(path),
+            leaf.shape,
+            np.asarray(leaf[..., :8] if leaf.ndim < 3 else leaf[:, :8, :8]).tobytes(),
+        )
         for path, leaf in leaves
-        if leaf.ndim > 1
     ]
     return artifacts.content_hash(*seen)
 
@@ -145,13 +188,27 @@ def make_teacher(
         words = student.player.encoder
         _, model, params, record = _embedded(other, say, words, config.seed)
         return model, params, record | {"warm start of seed": other.seed}
-    if not tokenizer.load(config.teacher.path).means(student.player.encoder):
+    check_words(config, student.player.encoder)
+    model, params = _pretrained(config.teacher.path, config.model)
+    return model, params, {"path": config.teacher.path}
+
+
+def check_words(
+    config: settings.Config, words: tokenizer.Tokenizer | None = None
+) -> None:
+    """Raises Refused unless the teacher's folder reads ids as the student does.
+
+    Args:
+      config: with a teacher.path.
+      words: the student's; None: of its folder, and nothing is checked without one.
+    """
+    if words is None and config.model.path:
+        words = tokenizer.load(config.model.path)
+    if words and not tokenizer.load(config.teacher.path).means(words):
         raise Refused(
             f"teacher.path={config.teacher.path!r} has another tokenizer than the "
             "student; token ids must mean the same: take a teacher of its family"
         )
-    model, params = _pretrained(config.teacher.path, config.model)
-    return model, params, {"path": config.teacher.path}
 
 
 def _pretrained(folder: str, config: settings.Model):
@@ -181,8 +238,10 @@ def _embedded(
         config.environment.name,
         config.environment.require_think,
         chosen,
-        # Adapters come on top of a warm start.
-        dataclasses.replace(config.model, lora_rank=0, lora_alpha=0, lora_targets=""),
+        # Adapters come on top of a warm start; what is kept of a layer changes nothing.
+        dataclasses.replace(
+            config.model, lora_rank=0, lora_alpha=0, lora_targets="", remat=""
+        ),
         config.prompt,
         config.imitate,
         config.seed,

@@ -91,7 +91,7 @@ def read(directory: Path | str, branch: str, step: int | None = None):
       step: None: the newest.
 
     Returns:
-      (step, the branch).
+      (step, the branch, the host's dict).
 
     Raises:
       ValueError: there is no such checkpoint; those that are there are named.
@@ -116,9 +116,11 @@ def read(directory: Path | str, branch: str, step: int | None = None):
     arguments = ocp.args.PyTreeRestore(
         item={branch: wanted}, restore_args={branch: plain}, partial_restore=True
     )
-    found = manager.restore(step, args=ocp.args.Composite(tree=arguments))
+    found = manager.restore(
+        step, args=ocp.args.Composite(tree=arguments, host=ocp.args.JsonRestore())
+    )
     manager.close()
-    return step, found.tree[branch]
+    return step, found.tree[branch], found.host
 
 
 def _array(leaf):

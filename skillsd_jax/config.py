@@ -168,8 +168,8 @@ class Optimizer:
     moments: str = "float32"  # of the first moments: float32, bfloat16
     learning_rate: float = 5e-4
     schedule: str = "cosine"  # to 0 at the end of the run, or constant
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float = 0.9  # of adamw and lion; muon's matrices have 0.95 of their own
+    beta2: float = 0.999  # likewise; lion's authors use 0.99
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # global norm
     minibatches: int = 4  # updates per iteration

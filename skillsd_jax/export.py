@@ -6,6 +6,7 @@ transformers loads the folder as it is: weights, config.json, tokenizer, chat te
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,21 +53,36 @@ def claim(out: Path) -> None:
         raise Refused(f"--out={out} is not empty; name a new folder")
 
 
+def inherited(config: settings.Config) -> dict:
+    """Fields of the folder it started from that no weight tells."""
+    if not config.model.path:
+        return {}
+    text = json.loads((Path(config.model.path) / "config.json").read_text())
+    names = ("bos_token_id", "max_position_embeddings")
+    return {name: text[name] for name in names if name in text}
+
+
 def export(workdir: Path, out: Path, step: int | None, dtype: str) -> str:
     """Writes the folder; returns what was done, in a line."""
     config = read_config(workdir)
     from skillsd_jax import agent, checkpoint  # jax takes seconds: only now
     from skillsd_jax.models import huggingface
 
+    part = out.with_name(f"{out.name}.partial")
     try:
-        step, trained = checkpoint.read(workdir / "checkpoints", "params", step)
+        step, trained, host = checkpoint.read(workdir / "checkpoints", "params", step)
         claim(out)
-        words, model, params = agent.finished(config, trained, print)
-    except (ValueError, OSError) as fault:
+        words, model, params = agent.finished(config, trained, host["origin"], print)
+        fields = inherited(config) | {
+            "eos_token_id": words.stop_id,
+            "pad_token_id": words.pad_id,
+        }
+        huggingface.save(part, model, params, dtype=dtype, tokens=fields)
+        words.save(part)
+        part.rename(out)
+    except (ImportError, ValueError, OSError) as fault:
+        shutil.rmtree(part, ignore_errors=True)
         raise Refused(str(fault)) from fault
-    tokens = {"eos_token_id": words.stop_id, "pad_token_id": words.pad_id}
-    huggingface.save(out, model, params, dtype=dtype, tokens=tokens)
-    words.save(out)
     return f"iteration {step} of {workdir} lies in {out}, {dtype}"
 
 

@@ -2,11 +2,11 @@
 
 import jax
 
-from skillsd_jax import agent, learner, rollout
+from skillsd_jax import agent, learner, optimizers, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
-from skillsd_jax.models import attention, huggingface, shapes
+from skillsd_jax.models import attention, huggingface, qwen, shapes
 from skillsd_jax.skills import retrieval
 from skillsd_jax.validation import Refused, validate
 
@@ -22,6 +22,9 @@ def check(config: settings.Config) -> None:
         {
             "environment.name": ENVIRONMENTS,
             "model.shape": ("", *shapes.SHAPES),
+            "model.attention": attention.ATTENTION,
+            "model.remat": qwen.REMAT,
+            "optimizer.name": optimizers.OPTIMIZERS,
             "skills.retrieval": retrieval.RETRIEVAL,
         },
     )
@@ -45,7 +48,19 @@ def _check_method(config: settings.Config) -> None:
     if wrong:
         name = config.objective.name
         raise Refused(f"objective.name={name} does not take {wrong}")
-    external = learner.teacher_kind(method, config.teacher) == "external"
+    kind = learner.teacher_kind(method, config.teacher)
+    external = kind == "external"
+    if config.teacher.path and not external:
+        raise Refused(
+            f"teacher.path={config.teacher.path!r} is not used: the teacher of "
+            f"objective.name={config.objective.name} is {kind}; set "
+            "--config.teacher.kind=external or leave the path out"
+        )
+    if kind == "ema" and config.model.lora_rank:
+        raise Refused(
+            "teacher.kind=ema does not go with adapters: the product of averaged factors "
+            "is no average of their products; take periodic"
+        )
     if external and config.model.path and not config.teacher.path:
         raise Refused(
             f"objective.name={config.objective.name} with an external teacher needs "
@@ -57,17 +72,19 @@ def _check_method(config: settings.Config) -> None:
 def _probe(config: settings.Config) -> None:
     """Looks at the weights and starts an episode: what is missing ends the run now."""
     try:
-        model = agent.shape(config.model)
+        networks = [agent.shape(config.model)]
+        agent.adapted(config.model, networks[0])
         if config.teacher.path:
-            huggingface.check(config.teacher.path)
-        agent.adapted(config.model, model)
+            networks.append(huggingface.check(config.teacher.path))
+            agent.check_words(config)
         (environment,) = rollout.environments(config.environment, "train")
         environment.reset(0)
     except (ImportError, ValueError, OSError) as fault:
         raise Refused(str(fault)) from fault
     environment.close()
-    fault = attention.refuse(
-        model.attention, model.head_size, model.dtype, jax.default_backend()
-    )
-    if fault:
-        raise Refused(fault)
+    kind, dtype = config.model.attention, config.model.dtype
+    for network in networks:
+        size, backend = network.head_size, jax.default_backend()
+        fault = attention.refuse(kind, size, dtype, backend)
+        if fault:
+            raise Refused(fault)

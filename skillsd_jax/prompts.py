@@ -12,11 +12,9 @@ import numpy as np
 from jaxtyping import Int8
 
 from skillsd_jax import config as settings
-from skillsd_jax.models import template
 from skillsd_jax.trajectory import Role, Segment, Task, Turn
 
 CONTEXTS = ("windowed", "whole")
-NO_THOUGHT = template.NO_THOUGHT
 
 
 class Encoder(Protocol):
@@ -30,6 +28,11 @@ class Encoder(Protocol):
     @property
     def default_system(self) -> str:
         """What a prompt says as system when prompt.system is not set; "": nothing."""
+        ...
+
+    @property
+    def no_thought(self) -> str:
+        """What comes before a reply where prompt.thinking is off; "": nothing."""
         ...
 
     def encode(self, text: str) -> Sequence[int]:
@@ -324,7 +327,7 @@ class Prompter:
         begun = [*self.encoder.close_turn(), *self.encoder.open_turn("assistant")]
         if self.config.thinking:
             return begun
-        return [*begun, *self.encoder.encode(NO_THOUGHT)]
+        return [*begun, *self._encode(self.encoder.no_thought)]
 
     def _between(self, body: Sequence[int], stopped: bool) -> Segment:
         encoder = self.encoder

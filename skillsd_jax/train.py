@@ -132,6 +132,9 @@ class Run:
         updates = self.config.iterations * self._updates()
         self.learner = learner.Learner(self.player.model, self.config, updates, model)
         self.state = self.learner.init(self.agent.params, weights)
+        self.origin = agent.origin_of(
+            self.player.encoder, self.state.frozen, self._fixed().get("teacher")
+        )
 
     def _updates(self) -> int:
         """Optimiser steps per iteration, at most."""
@@ -287,28 +290,22 @@ class Run:
                 "bank": self.bank.state(),
                 "environment_steps": self.environment_steps,
                 "seconds": dict(self.clock.total),
-                "base": self._base(),
+                "origin": self.origin,
             }
-            # A base never changes: adapters alone are kept.
-            trained = dataclasses.replace(self.state, frozen=None)
-            self.checkpoints.save(done, trained, host)
+            self.checkpoints.save(done, self._moving(), host)
             self.bank.save(self.workdir / "skills.jsonl")
 
     def _restore(self) -> int:
         """Takes up the last checkpoint; returns the iteration to go on with."""
-        frozen = self.state.frozen
-        trained = dataclasses.replace(self.state, frozen=None)
-        found = self.checkpoints.restore(trained)
+        found = self.checkpoints.restore(self._moving())
         if found is None:
             return 0
-        done, trained, host = found
-        if host["base"] != self._base():
-            raise validation.Refused(
-                f"the adapters in {self.workdir} were trained on other weights than "
-                f"those of {self.agent.record.get('path') or 'this warm start'}; give "
-                "the same base, or another --workdir"
-            )
-        self.state = dataclasses.replace(trained, frozen=frozen)
+        done, moving, host = found
+        try:
+            agent.check_origin(host["origin"], self.origin)
+        except ValueError as fault:
+            raise validation.Refused(f"{self.workdir}: {fault}") from fault
+        self.state = dataclasses.replace(moving, **self._fixed())
         self.host = host["figures"]
         self.bank = skill_bank.Bank.from_state(host["bank"])
         self.environment_steps = host["environment_steps"]
@@ -316,10 +313,16 @@ class Run:
         self.progress.say(f"resumed after iteration {done}")
         return done
 
-    def _base(self) -> str | None:
-        """A fingerprint of the weights beside the adapters."""
-        frozen = self.state.frozen
-        return None if frozen is None else agent.fingerprint(frozen)
+    def _fixed(self) -> dict[str, Any]:
+        """What never changes: the base beside adapters, an external teacher."""
+        fixed = {"frozen": self.state.frozen}
+        if self.teacher_record["kind"] == "external":
+            fixed["teacher"] = self.state.teacher
+        return fixed
+
+    def _moving(self) -> learner.LearnerState:
+        """What a checkpoint holds."""
+        return dataclasses.replace(self.state, **dict.fromkeys(self._fixed()))
 
     def _after(self) -> dict[str, Any]:
         """Final figures, summary.json and the table."""

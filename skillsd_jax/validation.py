@@ -23,8 +23,6 @@ CHOICES: dict[str, Collection[str]] = {
     "environment.alfworld.rooms": ("kitchen", "all"),
     "environment.alfworld.view": ("notes", "native"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ("plain", "xla", "cudnn", "splash"),
-    "model.remat": ("dots", "nothing", "everything"),
     "prompt.context": ("windowed", "whole"),
     "prompt.style": ("plain", "agent"),
     "objective.gate": ("gap", "entropy", "soft_or"),
@@ -42,7 +40,6 @@ CHOICES: dict[str, Collection[str]] = {
     "objective.statistics": ("trajectory", "row"),
     "teacher.kind": ("", "live", "periodic", "ema", "frozen", "external"),
     "skills.maker": ("template",),
-    "optimizer.name": ("adamw", "lion", "muon"),
     "optimizer.moments": ("float32", "bfloat16"),
     "optimizer.schedule": ("constant", "cosine"),
     "evaluate.split": ("validation", "test"),
@@ -93,6 +90,17 @@ SHARES = (
     "imitate.skilled_noise",
     "imitate.misled",
 )
+# What a published shape decides on.
+SIZES = (
+    "width",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_size",
+    "hidden",
+    "rope_theta",
+    "tie_embeddings",
+)
 WRITERS = ("tensorboard", "wandb")
 
 
@@ -136,18 +144,6 @@ def _check_number(name: str, value: float) -> None:
 
 
 def _check_model(model: Model) -> None:
-    if model.heads % model.kv_heads:
-        raise Refused(
-            f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}"
-        )
-    if model.head_size % 2:
-        raise Refused(f"model.head_size={model.head_size} must be even for RoPE")
-    try:
-        re.compile(model.lora_targets)
-    except re.error as fault:
-        raise Refused(
-            f"model.lora_targets={model.lora_targets!r} is no regular expression: {fault}"
-        ) from fault
     if model.required and not model.path:
         raise Refused(
             "this preset trains published weights and none were given; pass "
@@ -158,6 +154,48 @@ def _check_model(model: Model) -> None:
         raise Refused(
             f"model.path={model.path!r} is no Hugging Face folder: no config.json in it"
         )
+    _check_shape(model)
+    _check_adapters(model)
+
+
+def _check_shape(model: Model) -> None:
+    """A folder or a published shape decides on the sizes, or they fit together."""
+    if model.path and model.shape:
+        raise Refused(
+            f"model.shape={model.shape!r} is not used: the folder in model.path has a "
+            "shape of its own; leave one out"
+        )
+    changed = [name for name in SIZES if getattr(model, name) != getattr(Model(), name)]
+    if model.shape and changed:
+        raise Refused(
+            f"model.shape={model.shape!r} decides on model.{changed[0]}; leave one out"
+        )
+    if model.path or model.shape:
+        return
+    if model.heads % model.kv_heads:
+        raise Refused(
+            f"model.kv_heads={model.kv_heads} must divide model.heads={model.heads}"
+        )
+    if model.head_size % 2:
+        raise Refused(f"model.head_size={model.head_size} must be even for RoPE")
+
+
+def _check_adapters(model: Model) -> None:
+    default = Model()
+    chosen = (model.lora_alpha, model.lora_targets)
+    if not model.lora_rank and chosen != (default.lora_alpha, default.lora_targets):
+        raise Refused(
+            "model.lora_alpha and model.lora_targets are not used without adapters; set "
+            "model.lora_rank > 0"
+        )
+    if not model.lora_targets:
+        raise Refused("model.lora_targets is empty; name linear maps, e.g. 'attention'")
+    try:
+        re.compile(model.lora_targets)
+    except re.error as fault:
+        raise Refused(
+            f"model.lora_targets={model.lora_targets!r} is no regular expression: {fault}"
+        ) from fault
 
 
 def _check_lengths(config: Config) -> None:

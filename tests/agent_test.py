@@ -250,3 +250,24 @@ def test_a_named_shape_starts_from_scratch_in_the_embedded_vocabulary():
     made = agent._shape(config, 321)
     assert (made.vocab, made.width, made.layers) == (321, 64, 2)
     assert (made.attention, made.remat) == ("xla", "everything")
+
+
+def test_fingerprints_tell_weights_apart():
+    """By any leaf, the last norm and every layer included, and by nothing else."""
+    model = qwen.ModelConfig(
+        vocab=9, width=8, layers=3, heads=2, kv_heads=1, head_size=4, hidden=6
+    )
+    params = qwen.init(model, jax.random.key(0))
+    same = agent.fingerprint(jax.tree.map(np.array, params))
+    assert same == agent.fingerprint(params)
+    leaves, tree = jax.tree.flatten(params)
+    for index, leaf in enumerate(leaves):
+        for row in range(leaf.shape[0] if leaf.ndim > 2 else 1):
+            other = list(leaves)
+            other[index] = leaf.at[row].add(1.0)
+            assert agent.fingerprint(jax.tree.unflatten(tree, other)) != same
+    origin = {"tokenizer": "a", "base": same, "teacher": None}
+    agent.check_origin(origin, dict(origin))
+    for name in ("tokenizer", "base"):
+        with pytest.raises(ValueError, match=f"with another {name};"):
+            agent.check_origin(origin, origin | {name: "b"})

@@ -112,10 +112,14 @@ def test_one_branch_is_read_without_a_template(saved, tmp_path):
     for step in (1, 2):
         saved.save(step, tree(step), {"n": step})
     folder = tmp_path / "checkpoints"
-    step, params = checkpoint.read(folder, "params")
-    assert step == 2 and all(isinstance(x, np.ndarray) for x in params.values())
+    step, params, host = checkpoint.read(folder, "params")
+    assert (
+        step == 2
+        and host == {"n": 2}
+        and all(isinstance(x, np.ndarray) for x in params.values())
+    )
     assert_same(params, jax.tree.map(np.asarray, tree(2)["params"]))
-    step, params = checkpoint.read(folder, "params", 1)
+    step, params, _ = checkpoint.read(folder, "params", 1)
     assert step == 1 and (params["a"] == 1).all()
 
 

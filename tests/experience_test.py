@@ -20,6 +20,7 @@ class Words:
 
     stop_id = 1
     default_system = ""
+    no_thought = "<think>\n\n</think>\n\n"
 
     def __init__(self):
         self.ids = {}

@@ -39,7 +39,7 @@ def run(request, tmp_path_factory):
     config = toy(tmp, request.param)
     train.run(config, str(tmp / "work"))
     made = agent.make_agent(config, lambda line: None)
-    _, trained = checkpoint.read(tmp / "work" / "checkpoints", "params")
+    _, trained, _ = checkpoint.read(tmp / "work" / "checkpoints", "params")
     if request.param:
         trained = lora.join(trained, lora.split(made.params)[1])
     return tmp / "work", np.asarray(qwen.apply(made.player.model, trained, TOKENS))
@@ -99,6 +99,20 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(run, tmp_path
     out.write_text("a file")
     with pytest.raises(Refused, match="cannot be written"):
         export.export(work, out, None, "float32")
+
+
+def test_weights_of_another_origin_are_refused(run, tmp_path, monkeypatch):
+    """A tokenizer or a base that is not the run's: nothing is written."""
+    work, _ = run
+    now = agent.origin_of
+
+    def changed(words, base=None, teacher=None):
+        return now(words, base, teacher) | {"tokenizer": "another"}
+
+    monkeypatch.setattr(agent, "origin_of", changed)
+    with pytest.raises(Refused, match="trained with another tokenizer"):
+        export.export(work, tmp_path / "out", None, "float32")
+    assert list(tmp_path.rglob("*.safetensors")) == []
 
 
 def test_a_run_that_saved_nothing_is_refused(tmp_path):

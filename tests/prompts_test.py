@@ -23,6 +23,7 @@ class FakeEncoder:
 
     stop_id = STOP
     default_system = ""
+    no_thought = "<think>\n\n</think>\n\n"
 
     def __init__(self, width: int = 1):
         self.width = width

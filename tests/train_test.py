@@ -126,7 +126,7 @@ def test_adapters_train_on_the_same_warm_start_and_are_saved_alone(finished):
     trained = train.run(adapted(tmp), str(work))
     assert trained["before"] == summary["before"]
     assert len(list((tmp / "cache" / "warm_starts").iterdir())) == 1
-    _, saved = checkpoint.read(work / "checkpoints", "params")
+    _, saved, _ = checkpoint.read(work / "checkpoints", "params")
     paths = jax.tree_util.tree_leaves_with_path(saved)
     assert {path[-1].key for path, _ in paths} == {"lora_down", "lora_up"}
     assert all(np.abs(leaf).max() > 0 for _, leaf in paths)
@@ -153,7 +153,7 @@ def test_an_adapter_run_resumes_exactly_and_on_its_own_base_alone(
     monkeypatch.setattr(train.Run, "iterate", whole)
     with monkeypatch.context() as patch:
         patch.setattr(train.agent, "fingerprint", lambda params: "another")
-        with pytest.raises(validation.Refused, match="trained on other weights"):
+        with pytest.raises(validation.Refused, match="trained with another base"):
             train.run(adapted(tmp), str(work))
     train.run(adapted(tmp), str(work))
     assert figures(work) == figures(tmp / "adapters-whole")
@@ -163,7 +163,10 @@ def test_an_adapter_run_resumes_exactly_and_on_its_own_base_alone(
     "section, values, fault",
     [
         ("model", {"lora_rank": 2, "lora_targets": "q_proj"}, "matches none of"),
-        ("model", {"lora_targets": "("}, "is no regular expression"),
+        ("model", {"lora_targets": "mlp"}, "not used without adapters"),
+        ("model", {"shape": "qwen3-0.6b", "width": 32}, "decides on model.width"),
+        ("teacher", {"path": "somewhere"}, "is not used: the teacher .* is frozen"),
+        ("model", {"lora_rank": 2, "lora_targets": "("}, "is no regular expression"),
         ("model", {"attention": "cudnn"}, "wants a GPU and model.dtype=bfloat16"),
         ("model", {"attention": "flash"}, "unknown model.attention='flash'; known"),
         ("optimizer", {"name": "sgd"}, "unknown optimizer.name='sgd'; known: adamw"),

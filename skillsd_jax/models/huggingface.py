@@ -44,7 +44,8 @@ def check(folder: str | pathlib.Path) -> qwen.ModelConfig:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is not a folder; model.path must name a Hugging Face folder"
+            f"{folder} is not a folder; name a Hugging Face folder with config.json, "
+            "safetensors and tokenizer.json"
         )
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json")
@@ -52,7 +53,7 @@ def check(folder: str | pathlib.Path) -> qwen.ModelConfig:
     for file in sorted(folder.glob("tokenizer*.json")):
         tensor_files.json_object(file)
     words = tokenizer.load(folder)
-    words.default_system  # noqa: B018  raises on its template
+    words.manner  # noqa: B018  raises on its template
     # Fewer are fine: the published embeddings are padded.
     if words.max_id >= config.vocab:
         raise ValueError(

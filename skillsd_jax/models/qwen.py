@@ -3,7 +3,7 @@
     x ← x + Attention(RMSNorm(x));  x ← x + SwiGLU(RMSNorm(x))
 
 Parameters are a nested dict of float32 arrays; those under 'layers' are stacked [N, …]
-and scanned. Matmuls run in `config.dtype`; norms, softmax and logits are float32.
+and scanned. Matmuls run in `config.dtype`; norms, logits and plain attention's softmax are float32.
 """
 
 import dataclasses

@@ -190,7 +190,7 @@ def pick(
 
 def _kept(voice: Voice, token, temperature, entropy: bool):
     """Log-prob and entropy from logits that stay in memory."""
-    logits = voice.logits(voice.states) / temperature
+    logits = voice.logits(voice.states) * _inverse(temperature)
     logs = jax.nn.log_softmax(logits, axis=-1)
     logprob = pick(logs, token)
     if not entropy:
@@ -278,7 +278,9 @@ def _tiled_bwd(parts, saved, slopes):
     """∂/∂z_v = g (1[v = y] − p_v) − f p_v (log p_v + h), for slopes g, f of log p, h."""
     states, kernel, token, inverse, normalizer, entropy = saved
     g, f = slopes
-    constant, linear = -g - f * (entropy - normalizer), -f
+    constant, linear = -g, -f
+    if parts.entropy:
+        constant = constant - f * (entropy - normalizer)
 
     def part(carry, start, width):
         d_states, d_kernel = carry
@@ -287,17 +289,17 @@ def _tiled_bwd(parts, saved, slopes):
         slope = constant[:, None]
         if parts.entropy:
             slope = slope + linear[:, None] * z
-        slope = jnp.exp(z - normalizer[:, None]) * slope * inverse
+        slope = jnp.exp(z - normalizer[:, None]) * slope
+        # 1 − p before rounding: bfloat16 would lose it where a token is certain.
+        said = start + jnp.arange(width) == token[:, None]
+        slope = (slope + jnp.where(said, g[:, None], 0.0)) * inverse
         slope = slope.astype(states.dtype)
         d_states += _times(slope, rows.astype(states.dtype))
         d_rows = _turned_times(slope, states)
         return d_states, _put(d_kernel, d_rows, start)
 
-    chosen = kernel[token].astype(jnp.float32) * (g * inverse)[:, None]
-    carry = chosen, jnp.zeros(kernel.shape, jnp.float32)
-    d_states, d_kernel = parts.over(part, carry)
-    added = states.astype(jnp.float32) * (g * inverse)[:, None]
-    d_kernel = d_kernel.at[token].add(added)
+    carry = (jnp.zeros(x.shape, jnp.float32) for x in (states, kernel))
+    d_states, d_kernel = parts.over(part, tuple(carry))
     return d_states.astype(states.dtype), d_kernel.astype(kernel.dtype), None, None
 
 

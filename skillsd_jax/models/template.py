@@ -4,6 +4,7 @@ Prompts are never rendered by a template: it would strip earlier thoughts and re
 tokens in text. It is rendered once, on a probe, before anything starts.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -50,8 +51,21 @@ def chosen(settings: dict, source: str) -> str:
     return template
 
 
-def default_system(words: Words, source: str) -> str:
-    """The system message a template puts in front when none is given; "" if none.
+@dataclasses.dataclass(frozen=True)
+class Manner:
+    """What a template adds of its own accord.
+
+    Args:
+      system: the message it puts in front when none is given; "" if none.
+      no_thought: what it puts before a reply with enable_thinking=False; "" if nothing.
+    """
+
+    system: str
+    no_thought: str
+
+
+def manner(words: Words, source: str) -> Manner:
+    """Renders the template on a few conversations.
 
     Args:
       words: its `hf` renders the template.
@@ -79,7 +93,7 @@ def default_system(words: Words, source: str) -> str:
             f"{source} with enable_thinking=False begins replies neither at once nor "
             "after an empty thought: " + _differ(wanted + NO_THOUGHT, came)
         )
-    return system
+    return Manner(system, came.removeprefix(wanted))
 
 
 def _leading(shown: str, source: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
+from skillsd_jax import artifacts
 from skillsd_jax.models import template
 
 _OPEN, _CLOSE, _PAD = template.OPEN, template.CLOSE, "<|endoftext|>"
@@ -113,16 +114,31 @@ class Tokenizer:
         _write(folder, self._backend, self._settings)
 
     @functools.cached_property
-    def default_system(self) -> str:
-        """What the chat template says as system when it is given none; "" if nothing.
+    def manner(self) -> template.Manner:
+        """What the chat template adds of its own accord.
 
         Raises:
           ValueError: there is no template, or it does not do what our turns do.
         """
         if self._settings.get("chat_template") == _CHAT_TEMPLATE:
-            return ""
+            return template.Manner(system="", no_thought=template.NO_THOUGHT)
         template.chosen(self._settings, self._source)
-        return template.default_system(self, self._source)
+        return template.manner(self, self._source)
+
+    @property
+    def default_system(self) -> str:
+        """What the chat template says as system when it is given none; "" if nothing."""
+        return self.manner.system
+
+    @property
+    def no_thought(self) -> str:
+        """What it puts before a reply that shall not be thought over; "" if nothing."""
+        return self.manner.no_thought
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells tokenizers apart."""
+        return artifacts.content_hash(self._backend.to_str())
 
     @functools.cached_property
     def hf(self):

@@ -182,7 +182,7 @@ def test_what_was_sampled_is_fed_again_whatever_a_template_would_make_of_it(
     segments.append(maker.reply(letters, np.zeros(4)))
     segments.append(maker.following(TimeStep("the end"), stopped=False))
     ask = words.open_turn("assistant")
-    ask += [] if thinking else words.encode(prompts.NO_THOUGHT)
+    ask += [] if thinking else words.encode(words.no_thought)
     between = [*words.encode("\n"), *words.open_turn("user"), *words.encode("one look")]
     between += [*words.close_turn(), *ask]
     last = [*words.close_turn(), *words.open_turn("user"), *words.encode("the end")]
