@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from skillsd_jax import agent, checkpoint, export, train
+from skillsd_jax import agent, checkpoint, export, presets, train
 from skillsd_jax import config as settings
 from skillsd_jax.models import huggingface, lora, qwen, tokenizer
 from skillsd_jax.validation import Refused
 
+ROOT = Path(__file__).parent.parent
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
 
 
@@ -121,6 +122,47 @@ def test_a_run_that_saved_nothing_is_refused(tmp_path):
     )
     with pytest.raises(Refused, match="checkpoint"):
         export.export(tmp_path, tmp_path / "out", None, "float32")
+
+
+@pytest.mark.slow
+def test_a_folder_made_by_transformers_trains_and_comes_back(tmp_path):
+    """config.model.path end to end: a smoke run from a tiny Qwen2, and its export."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    words = tokenizer.train(["go to fridge 1, take apple 1\n"] * 3, ["fridge 1"])
+    words.save(tmp_path / "words")
+    torch.manual_seed(0)
+    shape = transformers.Qwen2Config(
+        vocab_size=words.vocab_size + 5,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+        max_position_embeddings=777,
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path / "folder"
+    transformers.Qwen2ForCausalLM(shape).save_pretrained(folder)
+    named = transformers.AutoTokenizer.from_pretrained(tmp_path / "words")
+    named.save_pretrained(folder)
+    config = presets.load(str(ROOT / "configs" / "household.py")).get_config("smoke")
+    config.model.path = str(folder)
+    config.prompt.max_prompt_length, config.prompt.max_response_length = 400, 4
+    config.prompt.max_skill_length = 300
+    summary = train.run(config, str(tmp_path / "work"))
+    assert summary["warm_start"] == {"path": str(folder)}
+    export.export(tmp_path / "work", tmp_path / "out", None, "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    _, trained, _ = checkpoint.read(tmp_path / "work" / "checkpoints", "params")
+    read, start = huggingface.load(folder)
+    with torch.no_grad():
+        found = model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(qwen.apply(read, trained, TOKENS), found, atol=1e-4)
+    assert np.abs(trained["embed"] - start["embed"]).max() > 0
+    assert model.config.max_position_embeddings == 777
 
 
 @pytest.mark.slow
