@@ -115,6 +115,26 @@ def test_weights_of_another_origin_are_refused(run, tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
+def test_adapters_are_merged_into_their_own_base_alone(run, tmp_path, monkeypatch):
+    """One weight of a warm start that is made again differs: refused. A whole student
+    needs no base."""
+    work, _ = run
+    adapters = export.read_config(work).model.lora_rank
+    made = agent._embedded
+
+    def other(*arguments):
+        words, model, params, record = made(*arguments)
+        params["norm"] = params["norm"].at[0].add(0.25)
+        return words, model, params, record
+
+    monkeypatch.setattr(agent, "_embedded", other)
+    if adapters:
+        with pytest.raises(Refused, match="trained with another base"):
+            export.export(work, tmp_path / "out", None, "float32")
+    else:
+        export.export(work, tmp_path / "out", None, "float32")
+
+
 def test_an_export_that_fails_leaves_nothing_and_takes_nothing(
     run, tmp_path, monkeypatch
 ):
