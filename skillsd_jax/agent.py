@@ -15,6 +15,7 @@ from skillsd_jax import artifacts, imitate, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.models import huggingface, lora, qwen, shapes, tokenizer
+from skillsd_jax.models.fingerprint import fingerprint
 from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import summarizer
 from skillsd_jax.validation import Refused
@@ -155,20 +156,6 @@ def check_origin(before: dict[str, Any], now: dict[str, Any]) -> None:
             f"the checkpoint was trained with another {' and '.join(changed)}; give the "
             "same files and the same version of this program, or start anew"
         )
-
-
-def fingerprint(params: Any) -> str:
-    """Tells weights apart by their shapes and the first values of every layer."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    seen = [
-        (
-            jax.tree_util.keystr(path),
-            leaf.shape,
-            np.asarray(leaf[..., :8] if leaf.ndim < 3 else leaf[:, :8, :8]).tobytes(),
-        )
-        for path, leaf in leaves
-    ]
-    return artifacts.content_hash(*seen)
 
 
 def make_teacher(

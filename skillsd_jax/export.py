@@ -8,6 +8,7 @@ transformers loads the folder as it is: weights, config.json, tokenizer, chat te
 import json
 import shutil
 import sys
+import uuid
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -68,7 +69,8 @@ def export(workdir: Path, out: Path, step: int | None, dtype: str) -> str:
     from skillsd_jax import agent, checkpoint  # jax takes seconds: only now
     from skillsd_jax.models import huggingface
 
-    part = out.with_name(f"{out.name}.partial")
+    out = out.resolve()
+    part = out.with_name(f".{uuid.uuid4().hex}-{out.name}")  # never another's folder
     try:
         step, trained, host = checkpoint.read(workdir / "checkpoints", "params", step)
         claim(out)

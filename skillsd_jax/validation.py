@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from skillsd_jax.artifacts import write_atomic
-from skillsd_jax.config import Config, Model, difference, flatten, to_dict
+from skillsd_jax.config import Config, Model, Optimizer, difference, flatten, to_dict
 
 
 class Refused(ValueError):
@@ -129,6 +129,7 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
         if name not in WRITERS:
             raise Refused(f"unknown writer {name!r}; known: {', '.join(WRITERS)}")
     _check_model(config.model)
+    _check_moments(config.optimizer)
     _check_lengths(config)
 
 
@@ -196,6 +197,18 @@ def _check_adapters(model: Model) -> None:
         raise Refused(
             f"model.lora_targets={model.lora_targets!r} is no regular expression: {fault}"
         ) from fault
+
+
+def _check_moments(optimizer: Optimizer) -> None:
+    """A mean that moves by less than 2^-8 of itself stands still in bfloat16."""
+    name = "beta2" if optimizer.name == "lion" else "beta1"
+    beta = getattr(optimizer, name)
+    if optimizer.moments == "bfloat16" and 1 - beta < 2**-8:
+        raise Refused(
+            f"optimizer.moments=bfloat16 is too coarse for optimizer.{name}={beta} of "
+            f"{optimizer.name}: the mean would stand still; set {name} to 0.99 or less, "
+            "or moments to float32"
+        )
 
 
 def _check_lengths(config: Config) -> None:

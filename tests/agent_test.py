@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -253,7 +254,7 @@ def test_a_named_shape_starts_from_scratch_in_the_embedded_vocabulary():
 
 
 def test_fingerprints_tell_weights_apart():
-    """By any leaf, the last norm and every layer included, and by nothing else."""
+    """By any bit and its place, and by nothing else."""
     model = qwen.ModelConfig(
         vocab=9, width=8, layers=3, heads=2, kv_heads=1, head_size=4, hidden=6
     )
@@ -261,11 +262,18 @@ def test_fingerprints_tell_weights_apart():
     same = agent.fingerprint(jax.tree.map(np.array, params))
     assert same == agent.fingerprint(params)
     leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
     for index, leaf in enumerate(leaves):
-        for row in range(leaf.shape[0] if leaf.ndim > 2 else 1):
-            other = list(leaves)
-            other[index] = leaf.at[row].add(1.0)
-            assert agent.fingerprint(jax.tree.unflatten(tree, other)) != same
+        place = tuple(rng.integers(0, size) for size in leaf.shape)
+        noise = rng.permutation(leaf.size).reshape(leaf.shape).astype(np.float32)
+        for before, after in (
+            (leaf, leaf.at[place].set(jnp.nextafter(leaf[place], 9.0))),
+            (leaf, -leaf),
+            *((noise, np.flip(noise, axis)) for axis in range(leaf.ndim)),
+        ):
+            pair = [[*leaves[:index], x, *leaves[index + 1 :]] for x in (before, after)]
+            one, other = (agent.fingerprint(tree.unflatten(x)) for x in pair)
+            assert one != other
     origin = {"tokenizer": "a", "base": same, "teacher": None}
     agent.check_origin(origin, dict(origin))
     for name in ("tokenizer", "base"):

@@ -116,6 +116,51 @@ def test_weights_of_another_origin_are_refused(run, tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*.safetensors")) == []
 
 
+def test_adapters_are_merged_into_their_own_base_alone(run, tmp_path, monkeypatch):
+    """One weight of a warm start that is made again differs: refused. A whole student
+    needs no base."""
+    work, _ = run
+    adapters = export.read_config(work).model.lora_rank
+    made = agent._embedded
+
+    def other(*arguments):
+        words, model, params, record = made(*arguments)
+        params["norm"] = params["norm"].at[0].add(0.25)
+        return words, model, params, record
+
+    monkeypatch.setattr(agent, "_embedded", other)
+    if adapters:
+        with pytest.raises(Refused, match="trained with another base"):
+            export.export(work, tmp_path / "out", None, "float32")
+    else:
+        export.export(work, tmp_path / "out", None, "float32")
+
+
+def test_an_export_that_fails_leaves_nothing_and_takes_nothing(
+    run, tmp_path, monkeypatch
+):
+    """No half-written folder, and what lies beside is not touched."""
+    work, _ = run
+    beside = tmp_path / "out.partial" / "notes.txt"
+    beside.parent.mkdir()
+    beside.write_text("kept")
+
+    def full(words, folder):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer.Tokenizer, "save", full)
+        with pytest.raises(Refused, match="no space left"):
+            export.export(work, tmp_path / "out", None, "float32")
+    assert beside.read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial"}
+    assert not any((tmp_path / "out").iterdir())
+    monkeypatch.chdir(tmp_path / "out")
+    export.export(work, Path("."), None, "float32")
+    huggingface.check(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial"}
+
+
 def test_a_run_that_saved_nothing_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(settings.to_dict(toy(tmp_path, 0)))

@@ -1,6 +1,7 @@
 """The update: exact over micro-batches, teachers kept as named, padding inert."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -286,6 +287,22 @@ def test_adapters_learn_what_the_gradient_of_the_whole_says(params):
         np.testing.assert_allclose(found[name]["lora_up"], wanted, atol=1e-6)
         assert np.abs(wanted).max() > 1e-4
         assert not found[name]["lora_down"].any()  # B is zero at the start
+
+
+def test_a_frozen_kernel_costs_no_gradient():
+    """No product of the compiled update has the shape of an MLP kernel, [24, 56] or
+    [56, 24]; without adapters there are the gradients of gate, up and down."""
+    shape = dataclasses.replace(MODEL, width=24, hidden=56)
+    config = configured()
+    config.objective.name = "grpo"
+    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    for adapters, count in ((ADAPTED.lora, 0), (None, 3)):
+        model = dataclasses.replace(shape, lora=adapters)
+        made = learner.Learner(model, config, updates=10)
+        state = made.init(qwen.init(model, jax.random.key(0)))
+        program = made._update.lower(state, arranged).compile().as_text()
+        products = re.findall(r"= f32\[(?:24,56|56,24)\]\S* dot\(", program)
+        assert len(products) == count
 
 
 def test_weights_that_are_not_float32_are_not_trained(params):

@@ -123,6 +123,22 @@ def test_bfloat16_moments_halve_the_first_ones_alone(name, params):
     assert {leaf.dtype.name for leaf in leaves} == {"float32"}
 
 
+def test_a_bfloat16_mean_of_lion_stands_still_where_it_is_refused():
+    """A gradient of 1 for 2000 steps: 1 − 0.999^2000 = 0.86, in bfloat16 0.5."""
+    found = {}
+    for moments in ("float32", "bfloat16"):
+        rule = optimizers.make(setting("lion", moments=moments), 10)
+        weight = {"norm": jnp.ones(1)}
+
+        def step(_, state, rule=rule, weight=weight):
+            return rule.update(weight, state, weight)[1]
+
+        state = jax.lax.fori_loop(0, 2000, step, rule.init(weight))
+        found[moments] = float(optax.tree.get(state, "mu")["norm"][0])
+    assert found["float32"] == pytest.approx(0.865, abs=1e-3)
+    assert found["bfloat16"] == 0.5
+
+
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_a_loss_falls(name):
     weight = {"kernel": jax.random.normal(jax.random.key(0), (2, 6, 6))}

@@ -57,6 +57,26 @@ def test_a_wrong_value_is_refused_with_what_to_do(name, value, message):
         validation.validate(changed(name, value))
 
 
+@pytest.mark.parametrize(
+    "name, beta, works",
+    [
+        ("lion", {}, False),  # β2 = 0.999
+        ("lion", {"beta2": 0.99}, True),
+        ("adamw", {}, True),  # its β2 is of the second moment, which stays float32
+        ("adamw", {"beta1": 0.999}, False),
+    ],
+)
+def test_a_mean_that_bfloat16_would_hold_still_is_refused(name, beta, works):
+    result = config.Config()
+    result.optimizer = config.Optimizer(name=name, moments="bfloat16", **beta)
+    if works:
+        return validation.validate(result)
+    with pytest.raises(validation.Refused, match="is too coarse for optimizer.beta"):
+        validation.validate(result)
+    result.optimizer.moments = "float32"
+    validation.validate(result)
+
+
 def test_a_window_too_small_for_one_reply_is_refused():
     settings = changed("prompt.context", "whole")
     settings.prompt.max_length = 55  # 48 + 8 are wanted
