@@ -11,6 +11,9 @@ WANDB = ["wandb>=0.18"]
 NOTEBOOKS = ["ipykernel>=6", "matplotlib>=3.8", "nbclient>=0.10", "nbformat>=5"]
 TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"]
 
+# Tests against transformers' own models; exactly this, other spellings pull CUDA.
+PARITY = ["torch==2.13.0"]
+
 setup(
     name="skillsd_jax",
     version="0.1.0",
@@ -41,6 +44,7 @@ setup(
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "notebooks": NOTEBOOKS,
+        "parity": PARITY,
         "test": [*TEST, *NOTEBOOKS, *TENSORBOARD],
         "dev": [*TEST, *NOTEBOOKS, *TENSORBOARD, "pyrefly>=1"],
     },
