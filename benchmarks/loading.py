@@ -9,7 +9,7 @@ parameters alone are twice the folder. JSON lines {"benchmark", "case", "metric"
 "baseline", "baseline_name", "ratio"}. Bytes: the most memory in use (maximum resident
 set) above that of a process which only imports; baseline, the bytes of the folder's
 weights; ratio = baseline / ours, so that above 0.77 is below 1.3 times the folder.
-Seconds have no baseline. Linux only: the peak is the kernel's VmHWM.
+Linux only: the peak is the kernel's VmHWM.
 """
 
 import argparse
@@ -29,20 +29,17 @@ import numpy as np
 from skillsd_jax.models import huggingface, qwen, shapes
 
 LOAD = """
-import json, re, sys, time
+import re, sys
 import jax
 from skillsd_jax.models import huggingface
 jax.device_put(0.0).block_until_ready()
 folder, dtype = sys.argv[1:]
-start = time.perf_counter()
 if folder:
     _, params = huggingface.load(folder, dtype=dtype or None)
     jax.block_until_ready(params)
-seconds = time.perf_counter() - start
 # Not ru_maxrss: a child inherits its parent's.
 with open("/proc/self/status") as file:
-    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1]) * 1024
-print(json.dumps([peak, seconds]))
+    print(int(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1]) * 1024)
 """
 
 
@@ -59,35 +56,30 @@ def write(folder: str, config: qwen.ModelConfig) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def load(folder: str, dtype: str) -> tuple[int, float]:
-    """Peak in bytes and seconds of a process that reads the folder; "": that does not."""
+def peak(folder: str, dtype: str) -> int:
+    """Bytes that a process which reads the folder peaks at; "": that reads none."""
     done = subprocess.run(
         [sys.executable, "-c", LOAD, folder, dtype],
         check=True,
         stdout=subprocess.PIPE,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
-    peak, seconds = json.loads(done.stdout)
-    return peak, seconds
+    return int(done.stdout)
 
 
 def lines(folder: str, name: str, size: int) -> Iterator[dict]:
-    idle, _ = load("", "")
+    idle = peak("", "")
     for dtype, case in (("", "bfloat16 kept"), ("float32", "float32")):
-        peak, seconds = load(folder, dtype)
-        for metric, ours, baseline in (
-            ("peak bytes", peak - idle, size),
-            ("seconds", round(seconds, 1), None),
-        ):
-            yield {
-                "benchmark": "loading",
-                "case": f"{name} {case}",
-                "metric": metric,
-                "ours": ours,
-                "baseline": baseline,
-                "baseline_name": "bytes of the folder" if baseline else None,
-                "ratio": round(baseline / ours, 3) if baseline else None,
-            }
+        ours = peak(folder, dtype) - idle
+        yield {
+            "benchmark": "loading",
+            "case": f"{name} {case}",
+            "metric": "peak bytes",
+            "ours": ours,
+            "baseline": size,
+            "baseline_name": "bytes of the folder",
+            "ratio": round(size / ours, 3),
+        }
 
 
 def main() -> None:

@@ -47,6 +47,30 @@ def test_splash_says_the_same_as_the_equation(window):
     np.testing.assert_allclose(found, by_hand(q, k, v, window), atol=1e-4)
 
 
+@pytest.mark.slow
+def test_splash_has_the_gradient_of_the_equation_within_layers():
+    """Interpreted, under checkpoint, cond and scan, as the decoder uses it."""
+    q, k, v = inputs(length=130, size=128)
+    target = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
+
+    def loss(attend, q):
+        @jax.checkpoint
+        def layer(x, slides):
+            near = functools.partial(attend, window=40)
+            far = functools.partial(attend, window=None)
+            return jax.lax.cond(slides, near, far, x, k, v), None
+
+        out, _ = jax.lax.scan(layer, q, np.array([True, False]))
+        return jnp.sum(out * target)
+
+    splash = functools.partial(attention._splash, interpret=True)
+    plain = functools.partial(attention.causal, "plain")
+    found, wanted = (
+        jax.jit(jax.grad(functools.partial(loss, a)))(q) for a in (splash, plain)
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
 def test_kernels_have_the_same_gradient():
     arrays = inputs()
     target = np.random.default_rng(1).standard_normal(arrays[0].shape)
