@@ -84,6 +84,7 @@ class Prompt:
     system: str = ""  # system message; "": the chat template's own, if it has one
     style: str = "plain"  # 'plain' (instruction, observation) or 'agent' (told how)
     admissible: bool = False  # list the admissible commands
+    stop_texts: str = ""  # comma-separated; a reply ends where it says one of them
     thinking: bool = True  # False: replies begin with an empty thought, as Qwen3's do
     max_prompt_length: int = 48  # student's context without the last reply
     max_response_length: int = 8  # one reply, stop token included
@@ -97,6 +98,8 @@ class Rollout:
     group_size: int = 8  # episodes per task
     temperature: float = 1.0
     rows: int = 128  # episodes played at once
+    cohorts: int = 1  # parts of the rows: one's environments step while another speaks
+    reuse_prefix: bool = False  # windowed: keep on the device what two turns share
     draws: int = 1  # > 1: draw again up to so often for groups of equal rewards
 
 
@@ -197,6 +200,8 @@ class Evaluate:
     tasks: int = 256  # test panel
     samples: int = 1  # episodes per task at `temperature`
     temperature: float = 0.4
+    top_k: int = 0  # only so many of the likeliest words are drawn; 0: all
+    top_p: float = 1.0  # only the likeliest words that together reach it; 1: all
     greedy: bool = True  # also T = 0, before and after
     teacher_tasks: int = 128  # panel of the teacher
     split: str = "test"  # panel of before and after; 'validation' to choose settings

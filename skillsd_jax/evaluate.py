@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from skillsd_jax import artifacts, metrics, rollout
-from skillsd_jax.environments import base
+from skillsd_jax.environments import base, pool
 from skillsd_jax.trajectory import Task, Trajectory
 
 
@@ -80,7 +80,7 @@ def tally(trajectories: Sequence[Trajectory]) -> Result:
 def evaluate(
     player: rollout.Player,
     params,
-    environments: Sequence[base.Environment],
+    stage: pool.Stage,
     panel: Panel,
     key: jax.Array,
     temperature: float,
@@ -91,7 +91,7 @@ def evaluate(
 
     Args:
       player, params: who plays.
-      environments: instances of the panel's split.
+      stage: where the panel's split is played.
       panel: what is played.
       key: of all sampling; the same key gives the same figures.
       temperature: 0 is greedy.
@@ -100,7 +100,7 @@ def evaluate(
     """
     seeds = np.repeat(np.arange(panel.size), samples)
     return tally(
-        rollout.collect(player, params, environments, seeds, key, temperature, hint)
+        rollout.collect(player, params, stage, seeds, key, temperature, hint)
     )
 
 

@@ -1,5 +1,6 @@
 """The two panels of a run: the student's, and the teacher's own."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,13 +30,16 @@ class Panels:
         player: rollout.Player,
         keys: Callable[[str], jax.Array],
     ):
-        self.setting, self.player, self.keys = config.evaluate, player, keys
         setting, rows = config.evaluate, config.rollout.rows
-        self._test = rollout.environments(config.environment, setting.split, rows)
-        self._taught = rollout.environments(config.environment, "teacher", rows)
-        self.test = evaluate.make_panel(self._test[0], setting.split, setting.tasks)
+        self.setting, self.keys = setting, keys
+        self.player = dataclasses.replace(
+            player, top_k=setting.top_k, top_p=setting.top_p
+        )
+        self._test = rollout.stage(config.environment, setting.split, rows)
+        self._taught = rollout.stage(config.environment, "teacher", rows)
+        self.test = evaluate.make_panel(self._test.local, setting.split, setting.tasks)
         self.taught = evaluate.make_panel(
-            self._taught[0], "teacher", setting.teacher_tasks
+            self._taught.local, "teacher", setting.teacher_tasks
         )
 
     def describe(self) -> str:
@@ -78,7 +82,7 @@ class Panels:
         student's own single episode, shown once and discarded.
         """
         expert = {
-            seed: summarizer.render(imitate.expert_skill(self._taught[0], seed))
+            seed: summarizer.render(imitate.expert_skill(self._taught.local, seed))
             for seed in range(self.taught.size)
         }
         plain, episodes = self._play_taught(params, None)

@@ -77,7 +77,7 @@ def _probe(config: settings.Config) -> None:
         if config.teacher.path:
             networks.append(huggingface.check(config.teacher.path))
             agent.check_words(config)
-        (environment,) = rollout.environments(config.environment, "train")
+        environment = rollout.environment(config.environment, "train")
         environment.reset(0)
     except (ImportError, ValueError, OSError) as fault:
         raise Refused(str(fault)) from fault

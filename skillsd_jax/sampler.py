@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from skillsd_jax.models import kv_cache, qwen
+from skillsd_jax.models import automaton, kv_cache, qwen
+from skillsd_jax.models.automaton import Automaton
 from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.scoring import pick
 
@@ -29,13 +31,60 @@ class SamplerState:
 class Reply:
     """Args:
     tokens: sampled ids, the stop token included; 0 from `count` on.
-    logprob: of each at the sampling temperature, nats; 0 from `count` on.
+    logprob: of each under the distribution it was drawn from, nats; 0 from `count` on.
     count: how many were sampled; 0 in rows that are not live.
     """
 
     tokens: Int[Array, "B M"]
     logprob: Float[Array, "B M"]
     count: Int[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How replies are drawn; hashable, a static argument of jit.
+
+    Args:
+      max_new: M, the most tokens of a reply.
+      stop_ids: the first of them that is drawn ends a reply.
+      top_k: only so many of the likeliest words can be drawn; 0: all.
+      top_p: only the fewest likeliest words whose probabilities reach it; 1: all.
+      shrink: row counts, falling: as soon as no more rows than that are live, only they
+        are computed. Each is a further loop to compile.
+    """
+
+    max_new: int
+    stop_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    top_p: float = 1.0
+    shrink: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new < 1 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"max_new={self.max_new} must be ≥ 1, top_k={self.top_k} ≥ 0 and "
+                f"top_p={self.top_p} in (0, 1]"
+            )
+        if list(self.shrink) != sorted(set(self.shrink), reverse=True):
+            raise ValueError(f"shrink={self.shrink} must fall from entry to entry")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What the rows of a batch want.
+
+    Args:
+      keys: random keys; a row's reply depends on its own key alone.
+      live: rows that reply.
+      limit: the most tokens of each reply; None: max_new.
+      begin: state of the automaton in which each row begins; None: 0.
+    """
+
+    keys: Array
+    live: Bool[Array, "B"]
+    limit: Int[Array, "B"] | None = None
+    begin: Int[Array, "B"] | None = None
 
 
 def start(config: qwen.ModelConfig, rows: int, slots: int) -> SamplerState:
@@ -48,7 +97,19 @@ def start(config: qwen.ModelConfig, rows: int, slots: int) -> SamplerState:
 
 def gather(state: SamplerState, index: Int[Array, "C"]) -> SamplerState:
     """The rows named by `index`, which may repeat."""
-    return SamplerState(kv_cache.gather(state.cache, index), state.logits[index])
+    return jax.tree.map(lambda x: x[index], state)
+
+
+def scatter(
+    state: SamplerState, index: Int[Array, "C"], part: SamplerState
+) -> SamplerState:
+    """Puts row c of `part` in the place of row index[c]; past the last row: nowhere."""
+    return _put(state, index, part)
+
+
+def grow(state: SamplerState, slots: int) -> SamplerState:
+    """The same with room for `slots` tokens a row."""
+    return dataclasses.replace(state, cache=kv_cache.grow(state.cache, slots))
 
 
 def extend(
@@ -70,75 +131,135 @@ def extend(
     return SamplerState(cache, logits)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Speech:
+    """What decoding changes: rows throughout."""
+
+    state: SamplerState
+    live: Bool[Array, "B"]
+    at: Int[Array, "B"]  # state of the automaton
+    reply: Reply
+
+
 def generate(
     config: qwen.ModelConfig,
     params: qwen.Params,
     state: SamplerState,
-    keys: Array,
-    live: Bool[Array, "B"],
-    max_new: int,
+    ask: Ask,
     temperature: float | Float[Array, ""],
-    stop_id: int,
+    how: Decoding,
+    guide: Automaton | None = None,
 ) -> tuple[SamplerState, Reply]:
-    """Samples until every live row has drawn `stop_id` or max_new tokens.
+    """Samples until every live row has stopped or reached its limit.
 
     A row's last token is not read yet: the next `extend` starts with it. A row must
     have read something before.
 
     Args:
-      keys: [B] random keys; a row's reply depends on its own key alone.
-      live: rows that reply.
-      max_new: M, static.
+      ask: keys, live rows and limits.
       temperature: of the distribution sampled from; 0 takes the most probable token and
         reports its log-prob at temperature 1.
-      stop_id: id that ends a reply, static.
+      how: static settings.
+      guide: follows the text as it is drawn: ends replies and rules out tokens. The
+        log-probs are those of what it leaves.
     """
-    rows = live.shape[0]
-    none = Reply(
-        tokens=jnp.zeros((rows, max_new), jnp.int32),
-        logprob=jnp.zeros((rows, max_new), jnp.float32),
-        count=jnp.zeros(rows, jnp.int32),
+    params = qwen.unstack(config, params)
+    rows = ask.live.shape[0]
+    limit = jnp.full(rows, how.max_new) if ask.limit is None else ask.limit
+    limit = jnp.minimum(limit, how.max_new)
+    begun = _Speech(
+        state=state,
+        live=ask.live & (limit > 0),
+        at=jnp.zeros(rows, jnp.int32) if ask.begin is None else ask.begin,
+        reply=Reply(
+            tokens=jnp.zeros((rows, how.max_new), jnp.int32),
+            logprob=jnp.zeros((rows, how.max_new), jnp.float32),
+            count=jnp.zeros(rows, jnp.int32),
+        ),
     )
+    draw = functools.partial(_append, how, guide, temperature)
 
-    def draw(i, logits, live, reply):
-        key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        token, logprob = _draw(key, logits, temperature)
-        reply = Reply(
-            tokens=reply.tokens.at[:, i].set(jnp.where(live, token, 0)),
-            logprob=reply.logprob.at[:, i].set(jnp.where(live, logprob, 0.0)),
-            count=reply.count + live,
-        )
-        return live & (token != stop_id), reply
+    def decode(i, speech: _Speech, keys, limit, sizes: tuple[int, ...]) -> _Speech:
+        """Goes on until at most sizes[0] rows are live, then with those alone."""
+        fewest = sizes[0] if sizes else 0
 
-    def unfinished(carry):
-        i, _, live, _ = carry
-        return (i < max_new) & jnp.any(live)
+        def unfinished(carry):
+            i, speech = carry
+            return (i < how.max_new) & (jnp.sum(speech.live) > fewest)
 
-    def step(carry):
-        i, state, live, reply = carry
-        last = jax.lax.dynamic_slice_in_dim(reply.tokens, i - 1, 1, axis=1)
-        state = extend(config, params, state, last, live.astype(jnp.int32))
-        live, reply = draw(i, state.logits, live, reply)
-        return i + 1, state, live, reply
+        def step(carry):
+            i, speech = carry
+            last = jax.lax.dynamic_slice_in_dim(speech.reply.tokens, i - 1, 1, axis=1)
+            read = speech.live.astype(jnp.int32)
+            state = extend(config, params, speech.state, last, read)
+            speech = dataclasses.replace(speech, state=state)
+            return i + 1, draw(i, speech, keys, limit)
 
-    live, reply = draw(0, state.logits, live, none)
-    carry = jax.lax.while_loop(unfinished, step, (jnp.int32(1), state, live, reply))
-    return carry[1], carry[3]
+        i, speech = jax.lax.while_loop(unfinished, step, (i, speech))
+        if not sizes:
+            return speech
+        live = speech.live.shape[0]
+        index = jnp.nonzero(speech.live, size=fewest, fill_value=live)[0]
+        few = jax.tree.map(lambda x: x[index], speech)
+        few = dataclasses.replace(few, live=few.live & (index < live))
+        few = decode(i, few, keys[index], limit[index], sizes[1:])
+        return _put(speech, index, few)
+
+    speech = draw(0, begun, ask.keys, limit)
+    shrink = tuple(size for size in how.shrink if size < rows)
+    speech = decode(jnp.int32(1), speech, ask.keys, limit, shrink)
+    return speech.state, speech.reply
 
 
-def _draw(keys: Array, logits: Float[Array, "B V"], temperature):
+def _put(whole, index: Int[Array, "C"], part):
+    return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), whole, part)
+
+
+def _append(how: Decoding, guide, temperature, i, speech: _Speech, keys, limit):
+    """Draws token i of every live row."""
+    live, reply, logits = speech.live, speech.reply, speech.state.logits
+    key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    if guide is not None:
+        logits = automaton.mask(guide, logits, speech.at)
+    token, logprob = _draw(how, key, logits, temperature)
+    stop = functools.reduce(operator.or_, [token == s for s in how.stop_ids], False)
+    stop |= i + 1 >= limit
+    at = speech.at
+    if guide is not None:
+        at = jnp.where(live, automaton.advance(guide, at, token), at)
+        stop |= automaton.ended(guide, at)
+    reply = Reply(
+        tokens=reply.tokens.at[:, i].set(jnp.where(live, token, 0)),
+        logprob=reply.logprob.at[:, i].set(jnp.where(live, logprob, 0.0)),
+        count=reply.count + live,
+    )
+    return _Speech(speech.state, live & ~stop, at, reply)
+
+
+def _draw(how: Decoding, keys: Array, logits: Float[Array, "B V"], temperature):
     """A token per row and its log-prob."""
     greedy = jnp.asarray(temperature) == 0
     logits = logits / jnp.where(greedy, 1.0, temperature)
+    if how.top_k:
+        kth = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if how.top_p < 1:
+        logits = jnp.where(logits < _nucleus(logits, how.top_p), -jnp.inf, logits)
     sampled = jax.vmap(jax.random.categorical)(keys, logits)
     token = jnp.where(greedy, jnp.argmax(logits, -1), sampled).astype(jnp.int32)
     return token, pick(jax.nn.log_softmax(logits), token)
 
 
+def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
+    """The smallest logit among the likeliest words that together reach `top_p`."""
+    falling = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(falling), axis=-1) - jax.nn.softmax(falling)
+    return jnp.min(jnp.where(before < top_p, falling, jnp.inf), -1, keepdims=True)
+
+
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "max_new", "stop_id"),
-    donate_argnames="state",
+    jax.jit, static_argnames=("config", "how"), donate_argnames="state"
 )
 def turn(
     config: qwen.ModelConfig,
@@ -146,12 +267,11 @@ def turn(
     state: SamplerState,
     tokens: Int[Array, "B n"],
     length: Int[Array, "B"],
-    keys: Array,
-    live: Bool[Array, "B"],
+    ask: Ask,
     temperature: float | Float[Array, ""],
-    max_new: int,
-    stop_id: int,
+    how: Decoding,
+    guide: Automaton | None = None,
 ) -> tuple[SamplerState, Reply]:
     """`extend`, then `generate`, in one call that consumes `state`."""
     state = extend(config, params, state, tokens, length)
-    return generate(config, params, state, keys, live, max_new, temperature, stop_id)
+    return generate(config, params, state, ask, temperature, how, guide)

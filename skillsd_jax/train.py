@@ -91,8 +91,8 @@ class Run:
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
         self.player = self.agent.player
-        self.train_environments = self._environments("train")
-        turns = self.train_environments[0].max_steps
+        self.stage = rollout.stage(config.environment, "train", config.rollout.rows)
+        turns = self.stage.max_steps
         episodes = config.rollout.prompts * config.rollout.group_size
         # The most rows an iteration can leave, plus one that is always padding.
         self.batch_rows = episodes * turns + 1
@@ -105,7 +105,7 @@ class Run:
             config,
             self.recipe,
             self.player,
-            self.train_environments,
+            self.stage,
             functools.partial(key_for, config.seed, "rollout"),
             self.expert,
         )
@@ -142,11 +142,6 @@ class Run:
         if setting.minibatch_rows:
             return -(-self.batch_rows // setting.minibatch_rows)
         return setting.minibatches
-
-    def _environments(self, split: str):
-        return rollout.environments(
-            self.config.environment, split, self.config.rollout.rows
-        )
 
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
@@ -332,7 +327,7 @@ class Run:
         summary = {
             "config": settings.to_dict(self.config),
             "seed": self.config.seed,
-            "data": self.train_environments[0].data,
+            "data": self.stage.data,
             "panel": self.panels.test.record(),
             "teacher_panel": self.panels.taught.record(),
             **self.host,

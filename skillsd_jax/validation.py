@@ -73,6 +73,7 @@ MAY_BE_ZERO = (
     "optimizer.minibatch_rows",
     "imitate.steps",
     "evaluate.every",
+    "evaluate.top_k",
     "evaluate.temperature",
 )
 SHARES = (
@@ -131,6 +132,8 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
     _check_model(config.model)
     _check_moments(config.optimizer)
     _check_lengths(config)
+    if config.evaluate.top_p > 1:
+        raise Refused(f"evaluate.top_p={config.evaluate.top_p} must be at most 1")
 
 
 def _check_number(name: str, value: float) -> None:
@@ -213,6 +216,10 @@ def _check_moments(optimizer: Optimizer) -> None:
 
 def _check_lengths(config: Config) -> None:
     rollout, prompt = config.rollout, config.prompt
+    if rollout.rows % rollout.cohorts:
+        raise Refused(
+            f"rollout.cohorts={rollout.cohorts} must divide rollout.rows={rollout.rows}"
+        )
     if rollout.rows % rollout.group_size:
         fits = [n for n in range(1, rollout.rows + 1) if rollout.rows % n == 0]
         below = [n for n in fits if n < rollout.group_size][-1:]

@@ -285,23 +285,40 @@ def extend(
     row = jnp.arange(tokens.shape[0])[:, None]
     slot = jnp.where(new < length[:, None], position, cache.slots)  # beyond: dropped
 
-    def layer(carry, scanned):
-        x, keys, values = carry
-        n, block, slides = scanned
+    def written(memory, x):
+        return memory.at[row, :, slot].set(x.astype(memory.dtype), mode="drop")
+
+    x, keys, values = _embed(config, params, tokens), [], []
+    for n, block in enumerate(unstack(config, params)["layers"]):
         block = nnx.merge(_block(config), block)
         q, k, v = block.project(x, rotation)
-        keys = keys.at[n, row, slot].set(k.astype(keys.dtype), mode="drop")
-        values = values.at[n, row, slot].set(v.astype(values.dtype), mode="drop")
+        keys.append(written(cache.keys[n], k))
+        values.append(written(cache.values[n], v))
         k, v = keys[n].astype(q.dtype), values[n].astype(q.dtype)
-        seen = allowed if config.window is None else jnp.where(slides, near, allowed)
-        attended = attention.masked(q, k, v, seen)
-        return (block.finish(x, attended), keys, values), None
-
-    carry = _embed(config, params, tokens), cache.keys, cache.values
-    layers = jnp.arange(config.layers), params["layers"], _slides(config)
-    (x, keys, values), _ = jax.lax.scan(layer, carry, layers)
-    cache = KVCache(keys=keys, values=values, length=cache.length + length)
+        seen = near if n in (config.window_layers or ()) else allowed
+        x = block.finish(x, attention.cached(q, k, v, seen))
+    cache = KVCache(tuple(keys), tuple(values), cache.length + length)
     return _rms_norm(config, x, params["norm"]), cache
+
+
+def unstack(config: ModelConfig, params: Params) -> Params:
+    """The weights with a tuple of layers, as `extend` reads them, in config.dtype.
+
+    A decoder reads every weight for every token, and a slice of a stack, or a number of
+    another type, is copied before it is read: so rollouts take the stack apart once.
+    """
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
+
+    def cast(path, x):
+        named = path[-1].key
+        return x if named in ("scale", "norm") else x.astype(config.dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    layers = params["layers"]
+    apart = [jax.tree.map(lambda x: x[n], layers) for n in range(config.layers)]
+    return params | {"layers": tuple(apart)}
 
 
 def head(
