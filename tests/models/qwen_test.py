@@ -239,7 +239,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_ends():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     states = hidden(config, params, tokens)
     assert states.dtype == jnp.bfloat16
-    assert kv_cache.empty(config, 2, 4).keys.dtype == jnp.bfloat16
+    assert kv_cache.empty(config, 2, 4).keys[0].dtype == jnp.bfloat16
     logits = qwen.head(config, params, states)
     assert logits.dtype == jnp.float32
     exact = apply(QWEN3, params, tokens)
