@@ -14,6 +14,10 @@ from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.scoring import pick
 
 
+FEW_WORDS = 4096  # up to here a random number per word is as fast
+LANES = 128
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplerState:
@@ -246,9 +250,43 @@ def _draw(how: Decoding, keys: Array, logits: Float[Array, "B V"], temperature):
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if how.top_p < 1:
         logits = jnp.where(logits < _nucleus(logits, how.top_p), -jnp.inf, logits)
+    if logits.shape[-1] > FEW_WORDS:
+        return _invert(keys, logits, greedy)
     sampled = jax.vmap(jax.random.categorical)(keys, logits)
     token = jnp.where(greedy, jnp.argmax(logits, -1), sampled).astype(jnp.int32)
     return token, pick(jax.nn.log_softmax(logits), token)
+
+
+def _invert(keys: Array, logits: Float[Array, "B V"], greedy):
+    """The same with two random numbers a token instead of one a word.
+
+    The vocabulary is laid out in LANES columns. One number picks a column by its
+    weight, the other a word in it: the first whose cumulative weight exceeds the number
+    times the total. A word of weight 0 is never picked. Sums run down the columns, which
+    every backend does in parallel; reductions along a row are slow on a CPU.
+    """
+    rows, words = logits.shape
+    fill = ((0, 0), (0, -words % LANES))
+    logits = jnp.pad(logits, fill, constant_values=-jnp.inf).reshape(rows, -1, LANES)
+    top = jnp.max(jnp.max(logits, axis=1), axis=1)
+
+    def weigh(logits, top):
+        return jnp.where(greedy, logits == top, jnp.exp(logits - top))
+
+    def first_beyond(u, weight):
+        total = jnp.cumsum(weight, axis=1)
+        return jnp.argmax(total > u[:, None] * total[:, -1:], axis=1)
+
+    u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    u = jnp.where(greedy, 0.0, u)
+    everywhere = top[:, None, None]
+    column = first_beyond(u[:, 0], jnp.sum(weigh(logits, everywhere), axis=1))
+    total = jnp.sum(jnp.sum(jnp.exp(logits - everywhere), axis=1), axis=1)
+    below = jnp.take_along_axis(logits, column[:, None, None], axis=2)[..., 0]
+    place = first_beyond(u[:, 1], weigh(below, top[:, None]))
+    logit = jnp.take_along_axis(below, place[:, None], axis=1)[:, 0]
+    token = (place * LANES + column).astype(jnp.int32)
+    return token, logit - top - jnp.log(total)
 
 
 def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:

@@ -72,14 +72,16 @@ class Room:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Sizes the cache grows through, two an octave."""
-        return _octaves(min(FEWEST, self.window), self.window)
+        """Sizes the cache grows through: it doubles."""
+        return _doubling(min(FEWEST, self.window), self.window)
 
     @property
     def pieces(self) -> tuple[int, ...]:
         """Lengths that new tokens are padded to; what is longer takes several."""
-        longest = min(LONGEST, max(self.window, SHORTEST))
-        return _octaves(min(SHORTEST, longest), longest)
+        longest = max(SHORTEST, min(LONGEST, self.window))
+        short = (3 * SHORTEST // 2, 3 * SHORTEST)  # a turn's observation, often
+        sizes = {*_doubling(SHORTEST, longest), *(n for n in short if n < longest)}
+        return tuple(sorted(sizes))
 
     @property
     def piece_rows(self) -> int:
@@ -279,13 +281,13 @@ class Fresh:
             )
 
 
-def _octaves(first: int, last: int) -> tuple[int, ...]:
-    """first, 1.5 first, 2 first, 3 first, … up to `last` itself."""
-    sizes, size = [], first
-    while size < last:
-        sizes += [size, size * 3 // 2]
-        size *= 2
-    return (*(size for size in sizes if size < last), last)
+def _doubling(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first, … and `last` itself."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return (*sizes, last)
 
 
 def _common(context: np.ndarray, known: np.ndarray) -> int:
