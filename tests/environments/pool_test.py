@@ -1,5 +1,6 @@
 """Stages of every kind; unruly.py asks for trouble in them."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -387,3 +388,27 @@ def test_a_maker_makes_the_configured_environment():
     assert not made.step("<action>up</action>").valid
     with pytest.raises(ValueError, match=r"unknown environment 'chess'; known: house"):
         Maker("chess")()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("alfworld") is None, reason="needs the extra alfworld"
+)
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_alfworld_plays_alike_in_threads_and_processes(stage, tmp_path, kind):
+    """Its parsers and its library have state that all threads share."""
+    from skillsd_jax.environments import alfworld_text
+
+    options = (("cache", str(tmp_path)),)
+    said = []
+    for workers in (kind, "inline"):
+        for parsed in ("_parsed", "_symbols", "_query"):
+            getattr(alfworld_text, parsed).cache_clear()
+        opened = stage(workers, "alfworld", 8, options, worker_count=4)
+        outcomes = opened.reset(range(8), [0, 1] * 4).result()
+        said.append(outcomes)
+        for _ in range(4):
+            texts = [f"<action>{o.step.admissible[0]}</action>" for o in outcomes]
+            outcomes = opened.step(range(8), texts).result()
+            said[-1] = said[-1] + outcomes
+    assert said[0] == said[1]
+    assert not any(faults(said[0]))
