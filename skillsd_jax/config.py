@@ -45,6 +45,10 @@ class Environment:
     name: str = "household"  # household, sokoban, alfworld
     train_tasks: int = 128  # RL draws its tasks from that many
     require_think: bool = False  # a reply without <think>…</think> is invalid
+    workers: str = "inline"  # what steps them: inline, threads, processes
+    worker_count: int = 2  # threads or processes
+    timeout_s: float = 60.0  # of one reset or step; inline has no limit
+    max_observation: int = 20_000  # characters of one text that is kept
     household: Household = field(default_factory=Household)
     sokoban: Sokoban = field(default_factory=Sokoban)
     alfworld: Alfworld = field(default_factory=Alfworld)

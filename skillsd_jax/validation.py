@@ -20,6 +20,7 @@ class Refused(ValueError):
 # Settings that name one of a fixed list. Names that live in a dict further up
 # (objectives, environments, retrieval) are given to `validate` by its caller.
 CHOICES: dict[str, Collection[str]] = {
+    "environment.workers": ("inline", "threads", "processes"),
     "environment.alfworld.rooms": ("kitchen", "all"),
     "environment.alfworld.view": ("notes", "native"),
     "model.dtype": ("float32", "bfloat16"),
