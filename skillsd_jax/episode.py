@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from skillsd_jax.environments import base
-from skillsd_jax.environments.pool import Outcome
+from skillsd_jax.environments.stage import Outcome
 from skillsd_jax.trajectory import Segment, Task, Trajectory, Turn
 
 

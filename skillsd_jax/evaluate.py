@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from skillsd_jax import artifacts, metrics, rollout
-from skillsd_jax.environments import base, pool
+from skillsd_jax.environments import base
+from skillsd_jax.environments.stage import Stage
 from skillsd_jax.trajectory import Task, Trajectory
 
 
@@ -80,7 +81,7 @@ def tally(trajectories: Sequence[Trajectory]) -> Result:
 def evaluate(
     player: rollout.Player,
     params,
-    stage: pool.Stage,
+    stage: Stage,
     panel: Panel,
     key: jax.Array,
     temperature: float,
@@ -99,9 +100,7 @@ def evaluate(
       hint: skill text by task; only figures that say so use it.
     """
     seeds = np.repeat(np.arange(panel.size), samples)
-    return tally(
-        rollout.collect(player, params, stage, seeds, key, temperature, hint)
-    )
+    return tally(rollout.collect(player, params, stage, seeds, key, temperature, hint))
 
 
 def _interval(won: Sequence[bool]) -> dict[str, float]:

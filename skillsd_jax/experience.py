@@ -301,6 +301,7 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "endings": dict(sorted(endings.items())),
         "tokens": sum(_scored(t) for t in trajectories),
         "prompts_cut": sum(t.cut for t in trajectories),
+        "replies_cut": _mean([not turn.stopped for turn in turns]),
     }
 
 

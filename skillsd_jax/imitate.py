@@ -16,6 +16,7 @@ import optax
 from skillsd_jax import config as settings
 from skillsd_jax import episode, prompts, rollout
 from skillsd_jax.environments import base, pool
+from skillsd_jax.environments.stage import FAULTS
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.skills import summarizer
 from skillsd_jax.skills.bank import Skill
@@ -37,7 +38,7 @@ def play(
     Raises:
       RuntimeError: the environment broke; a recording has no use for half an episode.
     """
-    stage = pool.staged([environment])
+    stage = pool.stage_of([environment])
     (outcome,) = stage.reset([0], [seed]).result()
     played = episode.begin(0, 0, seed, outcome, environment.max_steps)
     while not played.ending:
@@ -76,7 +77,7 @@ class Expert:
             self._environment = rollout.environment(self._config, "train")
         try:
             skill = expert_skill(self._environment, seed)
-        except pool.FAULTS:
+        except FAULTS:
             return None
         return skill if skill.reward == 1 else None
 

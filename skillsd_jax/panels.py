@@ -35,12 +35,17 @@ class Panels:
         self.player = dataclasses.replace(
             player, top_k=setting.top_k, top_p=setting.top_p
         )
-        self._test = rollout.stage(config.environment, setting.split, rows)
-        self._taught = rollout.stage(config.environment, "teacher", rows)
+        self._test = rollout.open_stage(config.environment, setting.split, rows)
+        self._taught = rollout.open_stage(config.environment, "teacher", rows)
         self.test = evaluate.make_panel(self._test.local, setting.split, setting.tasks)
         self.taught = evaluate.make_panel(
             self._taught.local, "teacher", setting.teacher_tasks
         )
+
+    def close(self) -> None:
+        """Ends the workers that play the panels."""
+        self._test.close()
+        self._taught.close()
 
     def describe(self) -> str:
         return (

@@ -9,7 +9,7 @@ import numpy as np
 
 from skillsd_jax import config as settings
 from skillsd_jax import experience, imitate, rollout
-from skillsd_jax.environments import pool
+from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import Recipe
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import summarizer
@@ -61,7 +61,7 @@ class Practice:
     config: settings.Config
     recipe: Recipe
     player: rollout.Player
-    stage: pool.Stage
+    stage: Stage
     keys: Keys
     expert: imitate.Expert
 

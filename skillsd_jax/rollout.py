@@ -10,6 +10,7 @@ import numpy as np
 from skillsd_jax import config as settings
 from skillsd_jax import prompts, slots
 from skillsd_jax.environments import base, pool
+from skillsd_jax.environments.stage import Maker, Pending, Stage
 from skillsd_jax.episode import Episode, begin
 from skillsd_jax.models import automaton, qwen
 from skillsd_jax.sampler import Decoding
@@ -110,23 +111,22 @@ def environment(config: settings.Environment, split: str) -> base.Environment:
     Raises:
       ImportError: its engine is missing; names the pip extra.
     """
-    return _maker(config, split)()
+    return Maker.of(config, split)()
 
 
-def stage(config: settings.Environment, split: str, count: int) -> pool.Stage:
-    """Places for `count` episodes of it at once, in workers if the config says so."""
-    return pool.open_stage(_maker(config, split), count, config)
+def open_stage(config: settings.Environment, split: str, count: int) -> Stage:
+    """Places for `count` episodes of it at once, in workers if the config says so.
 
-
-def _maker(config: settings.Environment, split: str) -> pool.Maker:
-    options = dataclasses.asdict(getattr(config, config.name))
-    return pool.Maker(config.name, split, options | {"require_think": config.require_think})
+    Raises:
+      ImportError: its engine is missing; names the pip extra.
+    """
+    return pool.open_stage(Maker.of(config, split), count, config)
 
 
 def collect(
     player: Player,
     params: qwen.Params,
-    places: pool.Stage | Sequence[base.Environment],
+    places: Stage | Sequence[base.Environment],
     seeds: Sequence[int],
     key: jax.Array,
     temperature: float,
@@ -148,7 +148,7 @@ def collect(
       temperature: 0 is greedy.
       hint: skill text shown to the acting policy itself. None: plain prompts.
     """
-    world = pool.staged(places)
+    world = places if isinstance(places, Stage) else pool.stage_of(places)
     wanted = min(player.rows, len(seeds))
     if world.count < wanted:
         raise ValueError(
@@ -222,7 +222,7 @@ class Cohort:
         self,
         player: Player,
         voice: slots.Slots | slots.Fresh,
-        stage: pool.Stage,
+        stage: Stage,
         places: Sequence[int],
         queue: _Queue,
     ):
@@ -267,7 +267,7 @@ class Cohort:
         self.free = [place for place in self.free if place not in places]
         return taken, self.stage.reset(places, seeds)
 
-    def _join(self, taken, resetting: pool.Pending, hint: Hint | None) -> None:
+    def _join(self, taken, resetting: Pending, hint: Hint | None) -> None:
         for (place, index, seed), outcome in zip(taken, resetting.result()):
             episode = begin(index, place, seed, outcome, self.stage.max_steps, hint)
             self.live[place] = episode

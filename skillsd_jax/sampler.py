@@ -13,7 +13,6 @@ from skillsd_jax.models.automaton import Automaton
 from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.scoring import pick
 
-
 FEW_WORDS = 4096  # up to here a random number per word is as fast
 LANES = 128
 
@@ -296,9 +295,7 @@ def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
     return jnp.min(jnp.where(before < top_p, falling, jnp.inf), -1, keepdims=True)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "how"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("config", "how"), donate_argnames="state")
 def turn(
     config: qwen.ModelConfig,
     params: qwen.Params,

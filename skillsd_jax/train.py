@@ -4,6 +4,7 @@ tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve 
       → learner.update → bank.credit → metrics, checkpoint
 """
 
+import contextlib
 import dataclasses
 import functools
 import platform
@@ -54,8 +55,10 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     validation.claim_workdir(workdir, config)
     compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(compiled))
-    with metrics.Progress(config.iterations) as progress:
-        return Run(config, Path(workdir), progress).finish()
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(metrics.Progress(config.iterations))
+        started = contextlib.closing(Run(config, Path(workdir), progress))
+        return stack.enter_context(started).finish()
 
 
 def _machine() -> str:
@@ -91,7 +94,9 @@ class Run:
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
         self.player = self.agent.player
-        self.stage = rollout.stage(config.environment, "train", config.rollout.rows)
+        self.stage = rollout.open_stage(
+            config.environment, "train", config.rollout.rows
+        )
         turns = self.stage.max_steps
         episodes = config.rollout.prompts * config.rollout.group_size
         # The most rows an iteration can leave, plus one that is always padding.
@@ -171,10 +176,15 @@ class Run:
         self.compilations.close()
         return self._after()
 
+    def close(self) -> None:
+        """Ends the workers that hold environments."""
+        self.stage.close()
+        self.panels.close()
+
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its line of metrics.jsonl."""
         config, clock = self.config, self.clock
-        before = self.compilations.count
+        before, faults = self.compilations.count, self.stage.counts()
         with clock("rollout"):
             practiced = self.practice.episodes(self.state.weights, iteration, self.bank)
             played = practiced.kept
@@ -204,6 +214,9 @@ class Run:
                 "cut": views.cut,
                 "dropped": views.dropped,
             },
+        }
+        record["faults"] = {
+            name: count - faults[name] for name, count in self.stage.counts().items()
         }
         self.environment_steps += sum(len(t.turns) for t in practiced.played)
         with clock("evaluate"):

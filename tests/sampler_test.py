@@ -325,7 +325,7 @@ def test_log_probs_are_those_of_the_words_that_could_be_drawn(top_k, top_p):
     rows = 20_000
     tokens, length = np.full((rows, 2), 3, np.int32), np.full(rows, 2, np.int32)
     state = sampler.start(CONFIG, rows, 4)
-    how = dict(max_new=1, stop_ids=(), top_k=top_k, top_p=top_p)
+    how = {"max_new": 1, "stop_ids": (), "top_k": top_k, "top_p": top_p}
     _, reply = turn(state, tokens, length, row_keys(rows), None, 0.9, **how)
     logits = apply(CONFIG, params(), tokens[:1])[0, 1] / 0.9
     expected = truncated(np.asarray(jax.nn.softmax(logits)), top_k, top_p)

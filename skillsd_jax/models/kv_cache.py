@@ -56,7 +56,5 @@ def scatter(cache: KVCache, index: Int[Array, "C"], part: KVCache) -> KVCache:
 def grow(cache: KVCache, slots: int) -> KVCache:
     """The same with room for `slots` tokens a row, at least as many as before."""
     extra = ((0, 0), (0, 0), (0, slots - cache.slots), (0, 0))
-    keys, values = jax.tree.map(
-        lambda x: jnp.pad(x, extra), (cache.keys, cache.values)
-    )
+    keys, values = jax.tree.map(lambda x: jnp.pad(x, extra), (cache.keys, cache.values))
     return KVCache(keys, values, cache.length)

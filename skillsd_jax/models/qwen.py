@@ -316,8 +316,8 @@ def unstack(config: ModelConfig, params: Params) -> Params:
         return x if named in ("scale", "norm") else x.astype(config.dtype)
 
     params = jax.tree_util.tree_map_with_path(cast, params)
-    layers = params["layers"]
-    apart = [jax.tree.map(lambda x: x[n], layers) for n in range(config.layers)]
+    leaves, shape = jax.tree.flatten(params["layers"])
+    apart = [jax.tree.unflatten(shape, part) for part in zip(*leaves)]
     return params | {"layers": tuple(apart)}
 
 
