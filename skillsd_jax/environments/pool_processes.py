@@ -106,8 +106,8 @@ class _Keeper(threading.Thread):
         self._worker: _Worker | None = None
         self._failure: Exception | None = None  # why there is no worker any more
         self._closing = False
-        self._live: set[int] = set()  # slots with an episode
-        self._lost: dict[int, str] = {}  # slots whose episode died with a worker
+        self._begun: set[int] = set()  # slots that were reset in this worker
+        self._lost = "no episode has begun here: call reset"  # said in the others
 
     @property
     def pid(self) -> int:
@@ -171,13 +171,12 @@ class _Keeper(threading.Thread):
             self._lose([], "error", "")
         asked = []
         for job in jobs:
-            lost = self._lost.pop(job.slot, "")
             if self._closing:
                 job.settle(failed("error", _CLOSED))
             elif self._failure is not None:
                 job.give_up(self._failure)
-            elif lost and job.kind == "step":
-                job.settle(failed("error", lost))
+            elif job.kind == "step" and job.slot not in self._begun:
+                job.settle(failed("error", self._lost))
             else:
                 asked.append(job)
         if asked:
@@ -189,8 +188,9 @@ class _Keeper(threading.Thread):
         try:
             self._worker.send([jobs[0].kind, calls], self._timeout_s)
             for job in jobs:
-                answer = self._worker.receive(self._timeout_s)
-                self._note(job, pool_worker.unpacked(answer))
+                outcome = pool_worker.unpacked(self._worker.receive(self._timeout_s))
+                self._begun.add(job.slot)
+                job.settle(outcome)
                 done += 1
         except TimeoutError:
             cause = f"no answer in {self._timeout_s:g} s"
@@ -201,15 +201,8 @@ class _Keeper(threading.Thread):
             cause = f"no answer of a worker, something else wrote on its line: {fault}"
             self._lose(jobs[done:], "error", cause)
 
-    def _note(self, job: Job, outcome: Outcome) -> None:
-        if outcome.step is None or outcome.step.done:
-            self._live.discard(job.slot)
-        else:
-            self._live.add(job.slot)
-        job.settle(outcome)
-
     def _lose(self, jobs: list[Job], fault: str, cause: str) -> None:
-        """Replaces the worker; its live episodes end, those of `jobs` at once.
+        """Replaces the worker. Its episodes end, those of `jobs` at once.
 
         Args:
           jobs: without an answer; it hung or died in the first of them.
@@ -221,12 +214,11 @@ class _Keeper(threading.Thread):
         if not self._closing:
             self._tally.restarted()
         for job in jobs:
-            self._live.discard(job.slot)
             job.settle(failed(fault, cause))
             if fault == "timeout":
                 fault, cause = "error", f"another episode in its worker: {cause}"
-        self._lost |= dict.fromkeys(self._live, cause)
-        self._live.clear()
+        self._lost = cause
+        self._begun.clear()
         self._begin()
 
 

@@ -54,6 +54,12 @@ def faults(outcomes):
     return [outcome.fault for outcome in outcomes]
 
 
+def numbers(stage):
+    """Which instance plays in each slot."""
+    outcomes = play(stage, *["number"] * stage.count)
+    return [outcome.step.observation for outcome in outcomes]
+
+
 def until(true, limit_s=10.0):
     """Whether it comes true in time."""
     end = time.monotonic() + limit_s
@@ -121,6 +127,17 @@ def test_an_exception_ends_its_own_episode_only(stage, kind):
     assert opened.counts() == {"errors": 3, "timeouts": 0, "restarts": 0, "bounded": 0}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_environment_is_made_anew_after_a_fault(stage, kind):
+    opened = began(stage(kind))
+    before = numbers(opened)
+    play(opened, LOOK, "raise")
+    opened.reset([0, 1], [0, 1]).result()
+    assert [a != b for a, b in zip(before, numbers(opened))] == [
+        *(False, True, False, False)
+    ]
+
+
 def test_a_worker_outlives_an_exception_of_any_type(stage):
     opened = began(stage("processes"))
     assert faults(play(opened, "raise another", LOOK, LOOK)) == ["error", "", ""]
@@ -136,9 +153,10 @@ def test_in_this_process_an_unknown_exception_is_a_bug_and_raised(stage, kind):
 
 def test_a_hanging_thread_loses_its_own_episode_only(stage):
     opened = began(stage("threads", timeout_s=HANG_S))
+    before = numbers(opened)
     assert faults(play(opened, "hang", LOOK, LOOK, LOOK)) == ["timeout", "", "", ""]
     assert faults(opened.reset([0], [9]).result()) == [""]
-    assert faults(play(opened, LOOK, LOOK, LOOK, LOOK)) == [""] * 4
+    assert [a != b for a, b in zip(before, numbers(opened))] == [True, *[False] * 3]
     assert opened.counts() == {"errors": 0, "timeouts": 1, "restarts": 1, "bounded": 0}
 
 
@@ -185,12 +203,12 @@ def test_a_worker_that_dies_in_a_call_loses_its_slots_only(stage, way, cause):
 
 
 def test_a_worker_killed_between_calls_ends_its_live_episodes_once(stage):
-    opened = began(stage("processes", count=6, worker_count=2))
-    for _ in range(opened.max_steps):  # the episode of slot 4 is over
-        assert faults(opened.step([4], ["pass"]).result()) == [""]
+    opened = began(stage("processes", count=6))
     kill(opened.pids[0])
     assert faults(opened.reset([4], [1]).result()) == [""]
-    assert faults(play(opened, LOOK, LOOK, LOOK)) == ["error", "", "error"]
+    outcomes = play(opened, LOOK, LOOK, LOOK)
+    assert faults(outcomes) == ["error", "", "error"]
+    assert "SIGKILL" in outcomes[2].message
     assert faults(opened.reset([0, 2], [1, 1]).result()) == ["", ""]
     assert faults(play(opened, *[LOOK] * 6)) == [""] * 6
     assert opened.counts()["errors"] == 2

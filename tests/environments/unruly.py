@@ -19,10 +19,13 @@ class EngineError(Exception):
 
 
 class Unruly(Household):
+    made = 0  # in this process
+
     def __init__(self, split="train", require_think=False, folder="", **options):
         super().__init__(split, require_think, **options)
         self.folder = folder  # where what was started writes its pid
-        self.closed = 0
+        Unruly.made += 1
+        self.number = Unruly.made
         print("an engine says hello", flush=True)
         os.write(1, b'[null, null, "", "", false]\n')
 
@@ -104,7 +107,12 @@ def _modules(environment):
     return _answer(environment, observation=f"{main} {sorted(heavy)} {os.getpid()}")
 
 
+def _number(environment):
+    return _answer(environment, observation=str(environment.number))
+
+
 TROUBLE = {
+    "number": _number,
     "raise": lambda _: _raise(RuntimeError("lost" * 1000)),
     "raise another": lambda _: _raise(EngineError("of its own")),
     "hang": _hang,
