@@ -167,7 +167,7 @@ def generate(
       guide: follows the text as it is drawn: ends replies and rules out tokens. The
         log-probs are those of what it leaves.
     """
-    params = qwen.unstack(config, params)
+    rules = _Rules(config, qwen.unstack(config, params), temperature, how, guide)
     rows = ask.live.shape[0]
     limit = jnp.full(rows, how.max_new) if ask.limit is None else ask.limit
     limit = jnp.minimum(limit, how.max_new)
@@ -181,51 +181,63 @@ def generate(
             count=jnp.zeros(rows, jnp.int32),
         ),
     )
-    draw = functools.partial(_append, how, guide, temperature)
-
-    def decode(i, speech: _Speech, keys, limit, sizes: tuple[int, ...]) -> _Speech:
-        """Goes on until at most sizes[0] rows are live, then with those alone."""
-        fewest = sizes[0] if sizes else 0
-
-        def unfinished(carry):
-            i, speech = carry
-            return (i < how.max_new) & (jnp.sum(speech.live) > fewest)
-
-        def step(carry):
-            i, speech = carry
-            last = jax.lax.dynamic_slice_in_dim(speech.reply.tokens, i - 1, 1, axis=1)
-            read = speech.live.astype(jnp.int32)
-            state = extend(config, params, speech.state, last, read)
-            speech = dataclasses.replace(speech, state=state)
-            return i + 1, draw(i, speech, keys, limit)
-
-        i, speech = jax.lax.while_loop(unfinished, step, (i, speech))
-        if not sizes:
-            return speech
-        live = speech.live.shape[0]
-        index = jnp.nonzero(speech.live, size=fewest, fill_value=live)[0]
-        few = jax.tree.map(lambda x: x[index], speech)
-        few = dataclasses.replace(few, live=few.live & (index < live))
-        few = decode(i, few, keys[index], limit[index], sizes[1:])
-        return _put(speech, index, few)
-
-    speech = draw(0, begun, ask.keys, limit)
-    shrink = tuple(size for size in how.shrink if size < rows)
-    speech = decode(jnp.int32(1), speech, ask.keys, limit, shrink)
+    speech = _append(rules, 0, begun, ask.keys, limit)
+    sizes = tuple(size for size in how.shrink if size < rows)
+    speech = _decode(rules, jnp.int32(1), speech, (ask.keys, limit), sizes)
     return speech.state, speech.reply
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """What decoding does not change."""
+
+    config: qwen.ModelConfig
+    params: qwen.Params
+    temperature: float | Float[Array, ""]
+    how: Decoding
+    guide: Automaton | None
+
+
+def _decode(
+    rules: _Rules, i, speech: _Speech, drawn_by: tuple[Array, Array], sizes
+) -> _Speech:
+    """Goes on until at most sizes[0] rows are live, then with those alone."""
+    fewest = sizes[0] if sizes else 0
+
+    def unfinished(carry):
+        i, speech = carry
+        return (i < rules.how.max_new) & (jnp.sum(speech.live) > fewest)
+
+    def step(carry):
+        i, speech = carry
+        last = jax.lax.dynamic_slice_in_dim(speech.reply.tokens, i - 1, 1, axis=1)
+        read = speech.live.astype(jnp.int32)
+        state = extend(rules.config, rules.params, speech.state, last, read)
+        speech = dataclasses.replace(speech, state=state)
+        return i + 1, _append(rules, i, speech, *drawn_by)
+
+    i, speech = jax.lax.while_loop(unfinished, step, (i, speech))
+    if not sizes:
+        return speech
+    rows = speech.live.shape[0]
+    index = jnp.nonzero(speech.live, size=fewest, fill_value=rows)[0]
+    few, drawn_by = jax.tree.map(lambda x: x[index], (speech, drawn_by))
+    few = dataclasses.replace(few, live=few.live & (index < rows))
+    return _put(speech, index, _decode(rules, i, few, drawn_by, sizes[1:]))
 
 
 def _put(whole, index: Int[Array, "C"], part):
     return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), whole, part)
 
 
-def _append(how: Decoding, guide, temperature, i, speech: _Speech, keys, limit):
+def _append(rules: _Rules, i, speech: _Speech, keys, limit) -> _Speech:
     """Draws token i of every live row."""
+    how, guide = rules.how, rules.guide
     live, reply, logits = speech.live, speech.reply, speech.state.logits
     key = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
     if guide is not None:
         logits = automaton.mask(guide, logits, speech.at)
-    token, logprob = _draw(how, key, logits, temperature)
+    token, logprob = _draw(how, key, logits, rules.temperature)
     stop = functools.reduce(operator.or_, [token == s for s in how.stop_ids], False)
     stop |= i + 1 >= limit
     at = speech.at

@@ -21,7 +21,7 @@ LINES = (
     ("agent", "panels", "practice"),
     ("evaluate", "experience", "imitate", "report"),
     ("rollout", "learner", "checkpoint", "metrics", "timing"),
-    ("episode", "optimizers"),
+    ("episode", "slots", "optimizers"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
     ("models",),
