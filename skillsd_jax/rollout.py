@@ -78,7 +78,7 @@ class Player:
     def guide(self) -> automaton.Automaton | None:
         """Ends a reply where it says one of `prompt.stop_texts`."""
         texts = tuple(filter(None, self.prompt.stop_texts.split(",")))
-        return _stopping(self.encoder, texts) if texts else None
+        return _stopping(self.encoder, self.model.vocab, texts) if texts else None
 
     def voice(
         self, params: qwen.Params, key: jax.Array, temperature: float, hinted: bool
@@ -101,8 +101,8 @@ class Player:
 
 
 @functools.lru_cache(maxsize=4)
-def _stopping(encoder, texts: tuple[str, ...]) -> automaton.Automaton:
-    return automaton.stopping(encoder.pieces(), texts)
+def _stopping(encoder, vocab: int, texts: tuple[str, ...]) -> automaton.Automaton:
+    return automaton.stopping(encoder.pieces(vocab), texts)
 
 
 def environment(config: settings.Environment, split: str) -> base.Environment:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from skillsd_jax import sampler
-from skillsd_jax.models import qwen, scoring
+from skillsd_jax.models import automaton, qwen, scoring
 from skillsd_jax.tokens import TokenView
 
 CONFIG = qwen.ModelConfig(
@@ -47,11 +47,24 @@ def row_keys(rows, seed=0):
     return jax.random.split(jax.random.key(seed), rows)
 
 
-def turn(state, tokens, length, keys, live=None, temperature=1.0, limit=None, **how):
+def turn(
+    state,
+    tokens,
+    length,
+    keys,
+    live=None,
+    temperature=1.0,
+    limit=None,
+    guide=None,
+    begin=None,
+    **how,
+):
     live = np.ones(len(length), bool) if live is None else live
-    ask = sampler.Ask(keys, live, limit)
+    ask = sampler.Ask(keys, live, limit, begin)
     how = sampler.Decoding(**{"max_new": 4, "stop_ids": (STOP,)} | how)
-    return sampler.turn(CONFIG, params(), state, tokens, length, ask, temperature, how)
+    return sampler.turn(
+        CONFIG, params(), state, tokens, length, ask, temperature, how, guide
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -402,3 +415,60 @@ def test_large_vocabularies_are_drawn_from_by_inversion():
     assert abs(half.mean() - 0.5) < 7 * 0.5 / np.sqrt(2000)
     np.testing.assert_allclose(logprob[half], np.log(0.5), atol=1e-4)
     assert len(set(drawn[~half].tolist())) > 800
+
+
+PIECES = [b"", *(bytes([letter]) for letter in b"abcd"), b"", *(b"ab bc ca".split())]
+PIECES += [b""] * (CONFIG.vocab - len(PIECES))
+
+
+def said(reply):
+    """The replies as bytes and as ids, without padding."""
+    for row, count in zip(np.asarray(reply.tokens), np.asarray(reply.count)):
+        ids = row[:count].tolist()
+        yield b"".join(PIECES[token] for token in ids), ids
+
+
+@pytest.mark.parametrize("shrink", [(), (32, 8)])
+def test_a_reply_ends_where_it_says_a_stop_text(shrink):
+    rows = 64
+    tokens, length = prompts(rows, 4)
+    guide = automaton.stopping(PIECES, ["ca", "bb"])
+    state = sampler.start(CONFIG, rows, SLOTS)
+    how = {"max_new": 20, "shrink": shrink, "guide": guide, "stop_ids": ()}
+    _, reply = turn(state, tokens, length, row_keys(rows), **how)
+    ended = 0
+    for text, ids in said(reply):
+        before = b"".join(PIECES[token] for token in ids[:-1])
+        assert b"ca" not in before and b"bb" not in before
+        assert b"ca" in text or b"bb" in text or len(ids) == 20
+        ended += len(ids) < 20
+    assert 16 < ended < rows
+
+
+def test_a_reply_is_one_of_its_own_choices_and_its_log_probs_those_of_the_rest():
+    rows = 48
+    tokens, length = prompts(1, 4)
+    tokens, length = np.tile(tokens, (rows, 1)), np.tile(length, rows)
+    languages = ["abc", "cab"], ["d"], ["bca", "bcad", "a"]
+    guide, starts = automaton.stack(
+        [automaton.choices(PIECES, texts, STOP) for texts in languages]
+    )
+    begin = np.array(starts, np.int32)[np.arange(rows) % 3]
+    state = sampler.start(CONFIG, rows, SLOTS)
+    _, reply = turn(
+        state, tokens, length, row_keys(rows), max_new=9, guide=guide, begin=begin
+    )
+    spoken = [set(), set(), set()]
+    for row, (text, ids) in enumerate(said(reply)):
+        assert ids[-1] == STOP
+        spoken[row % 3].add(text.decode())
+        if row % 3 == 1:  # a single way to say it
+            np.testing.assert_allclose(reply.logprob[row], 0, atol=1e-6)
+    assert spoken == [set(texts) for texts in languages]
+    # The first word of the third language: its probability among a, b and bc.
+    logits = apply(CONFIG, params(), tokens[:1, : length[0]])[0, -1]
+    open_to = np.array([1, 2, PIECES.index(b"bc")])
+    logs = dict(zip(open_to.tolist(), jax.nn.log_softmax(logits[open_to]).tolist()))
+    for row in range(2, rows, 3):
+        first = int(reply.tokens[row, 0])
+        assert float(reply.logprob[row, 0]) == pytest.approx(logs[first], abs=1e-5)

@@ -38,6 +38,12 @@ _CHAT_TEMPLATE = (
 )
 
 
+# How byte-level BPE writes bytes: printable ones as they are, the others from 256 on.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
+
+
 class Tokenizer:
     """ChatML tokenizer over a `tokenizers` backend.
 
@@ -96,6 +102,25 @@ class Tokenizer:
         """
         kept = [int(id) for id in ids if int(id) not in self._control]
         return self._backend.decode(kept, skip_special_tokens=False)
+
+    def pieces(self, count: int) -> list[bytes]:
+        """What each of the ids 0 … count − 1 adds to the text; control ids add nothing.
+
+        A character may be spread over several. What the decoder does at a text's start
+        (a leading space dropped) is not in it.
+        """
+        pieces, added = [b""] * count, self._backend.get_added_tokens_decoder()
+        by_byte = "ByteLevel" in repr(self._backend.decoder)
+        for text, id in self._backend.get_vocab(with_added_tokens=True).items():
+            if id in self._control or id >= count:
+                continue
+            if by_byte and id not in added:
+                pieces[id] = bytes(_BYTES[character] for character in text)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", text):
+                pieces[id] = bytes([int(text[3:5], 16)])
+            else:
+                pieces[id] = (text if by_byte else text.replace(_SPACE, " ")).encode()
+        return pieces
 
     def means(self, other: "Tokenizer") -> bool:
         """Whether every id means the same to both."""
