@@ -118,7 +118,7 @@ def play(name: str, folder: str, width: int, arguments) -> dict:
     contender = speaker(name, folder, episodes)
     contender.ready(episodes)
     script.timed(episodes.cut(1), contender)
-    ready, runs = time.perf_counter() - start, []
+    ready, compiled, runs = time.perf_counter() - start, peak(), []
     for _ in range(arguments.repeats):
         contender.forget()
         runs.append(script.timed(episodes, contender))
@@ -137,6 +137,7 @@ def play(name: str, folder: str, width: int, arguments) -> dict:
         "ready_s": round(ready, 2),
         "seconds": [round(s, 4) for s in min(runs, key=lambda run: run[-1])],
         "tokens": np.cumsum(episodes.limits.sum(0)).tolist(),
+        "ready_peak_bytes": compiled,
         "peak_bytes": most,
         "differences": differences,
     }
