@@ -41,7 +41,9 @@ _CHAT_TEMPLATE = (
 # How byte-level BPE writes bytes: printable ones as they are, the others from 256 on.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
-_BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
+_BYTES = {chr(b): b for b in _PRINTABLE} | {
+    chr(256 + n): b for n, b in enumerate(_OTHERS)
+}
 
 
 class Tokenizer:

@@ -131,5 +131,5 @@ def test_what_cannot_be_a_choice_is_refused(texts, message):
 
 def test_a_table_that_would_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(automaton, "LARGEST", 30)
-    with pytest.raises(ValueError, match="4 states × 10 tokens are more than 30"):
+    with pytest.raises(ValueError, match="5 states × 10 tokens are more than 30"):
         automaton.stopping(PIECES, ["aba"])
