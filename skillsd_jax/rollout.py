@@ -317,8 +317,9 @@ class Cohort:
         context.append(self.prompter.reply(ids, logprobs))
         episode.contexts.append(context)
         spoken = ids[ids != encoder.stop_id]
-        stopped = len(ids) < self.player.prompt.max_response_length
-        return encoder.decode(spoken.tolist()), stopped or ids[-1] == encoder.stop_id
+        cut = len(ids) == self.player.prompt.max_response_length
+        stopped = not cut or bool(ids[-1] == encoder.stop_id)
+        return encoder.decode(spoken.tolist()), stopped
 
 
 def _ids(segments: Sequence[Segment]) -> np.ndarray:

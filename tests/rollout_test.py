@@ -5,6 +5,7 @@ short at a turn that the episode's seed tells, so that batches shrink row by row
 """
 
 import dataclasses
+import json
 import time
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from skillsd_jax import config as settings
-from skillsd_jax import imitate, rollout, timing, tokens
+from skillsd_jax import experience, imitate, rollout, timing, tokens
 from skillsd_jax.environments import household, pool, stage
 from skillsd_jax.models import qwen, scoring, tokenizer
 from skillsd_jax.skills import summarizer
@@ -345,6 +346,18 @@ def test_what_is_played_does_not_depend_on_who_steps_the_environments(
         played = rollout.collect(player, params, places, SEEDS, key, TEMPERATURE)
     assert replies(played) == replies(expected)
     assert [t.turns for t in played] == [t.turns for t in expected]
+
+
+def test_an_episode_can_be_written_as_a_line_that_says_which_replies_were_cut(
+    player, played
+):
+    stop, most = player.encoder.stop_id, player.prompt.max_response_length
+    for trajectory, said in zip(played.trajectories, replies(played.trajectories)):
+        turns = json.loads(experience.line(trajectory, None))["turns"]
+        cut = [len(ids) == most and ids[-1] != stop for ids in said]
+        assert [not turn["stopped"] for turn in turns] == cut
+    figures = experience.figures(played.trajectories)
+    assert 0 < figures["replies_cut"] < 1
 
 
 def test_a_reply_ends_at_a_stop_text(player, params):
