@@ -98,6 +98,8 @@ class Rollout:
     temperature: float = 1.0
     rows: int = 128  # episodes played at once
     draws: int = 1  # > 1: draw again up to so often for groups of equal rewards
+    old_logprobs: str = "sampled"  # or 'recomputed' by the scorer before the update
+    correction_cap: float = 0.0  # of the weights π_scorer / π_sampler; 0: off
 
 
 @dataclasses.dataclass

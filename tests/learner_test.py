@@ -74,7 +74,7 @@ def updated(config, params, data, order=None):
     made = learner.Learner(MODEL, config, updates=10)
     state = made.init(jax.tree.map(jnp.copy, params))
     order = np.arange(ROWS) if order is None else order
-    state, sums = made.update(state, learner.arrange(data, order, config.optimizer))
+    state, sums = made.update(state, tokens.arrange(data, order, config.optimizer))
     return state, learner.means(sums)
 
 
@@ -113,7 +113,7 @@ def test_padding_rows_change_nothing(params):
 
 def test_minibatch_rows_fill_as_many_updates_as_there_are_rows(params):
     config = configured(minibatch_rows=5, micro_rows=1)
-    arranged = learner.arrange(batch(size=41), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(size=41), np.arange(ROWS), config.optimizer)
     filled = (arranged.mask.sum((1, 2, 3)) > 0).sum()
     assert arranged.mask.shape[0] == 9 and filled == 2
     state, figures = updated(config, params, batch(size=41))
@@ -125,7 +125,7 @@ def test_minibatch_rows_fill_as_many_updates_as_there_are_rows(params):
 def test_every_row_is_dealt_once():
     config = configured(minibatches=3)
     order = np.random.default_rng(0).permutation(ROWS)
-    arranged = learner.arrange(batch(), order, config.optimizer)
+    arranged = tokens.arrange(batch(), order, config.optimizer)
     dealt = arranged.trajectory[arranged.trajectory >= 0]
     np.testing.assert_array_equal(np.sort(dealt), np.arange(ROWS))
 
@@ -136,7 +136,7 @@ def test_a_periodic_teacher_follows_and_a_frozen_one_stays(params, kind, same):
     config.teacher.kind, config.teacher.every = kind, 2
     made = learner.Learner(MODEL, config, updates=10)
     state = made.init(jax.tree.map(jnp.copy, params))
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     state, _ = made.update(state, arranged)
     assert_same(state.teacher, params, 0)
     state, _ = made.update(state, arranged)
@@ -163,7 +163,7 @@ def test_an_external_teacher_may_be_of_another_shape_and_stays(params):
     with pytest.raises(ValueError, match="external teacher needs weights"):
         made.init(params)
     state = made.init(jax.tree.map(jnp.copy, params), weights)
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     state, sums = made.update(state, arranged)
     assert_same(state.teacher, weights, 0)
     assert abs(learner.means(sums)["gap"]) > 1e-3
@@ -186,7 +186,7 @@ def test_a_retired_teacher_teaches_no_more(params):
     config.objective.schedules = "sdl_lambda=plateau:2"
     made = learner.Learner(MODEL, config, updates=10)
     state = made.init(jax.tree.map(jnp.copy, params))
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     seen = []
     for _ in range(5):
         state, sums = made.update(state, arranged)
@@ -227,7 +227,7 @@ def test_the_update_compiles_once(params):
     state = made.init(jax.tree.map(jnp.copy, params))
     for rows in (10, 7, 3):
         data = batch(rows=rows, size=ROWS + 1)
-        arranged = learner.arrange(data, np.arange(rows), config.optimizer)
+        arranged = tokens.arrange(data, np.arange(rows), config.optimizer)
         state, _ = made.update(state, arranged)
     assert made._update._cache_size() == 1
 
@@ -253,7 +253,7 @@ def test_with_adapters_everything_that_moves_is_an_adapter(params, kind):
     held += [] if kind == "live" else [state.teacher]
     for tree in held:
         assert jax.tree.structure(tree) == jax.tree.structure(adapters)
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     for _ in range(2):
         state, sums = made.update(state, arranged)
     assert made._update._cache_size() == 1
@@ -273,7 +273,7 @@ def test_adapters_learn_what_the_gradient_of_the_whole_says(params):
     weights = lora.attach(ADAPTED.lora, params, jax.random.key(5))
     made = learner.Learner(ADAPTED, config, updates=10)
     state = made.init(jax.tree.map(jnp.copy, weights))
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     first = jax.tree.map(lambda x: x[:1], arranged)
     state, _ = made.update(state, first)
     whole = learner.Learner(MODEL, config, updates=10)
@@ -295,7 +295,7 @@ def test_a_frozen_kernel_costs_no_gradient():
     shape = dataclasses.replace(MODEL, width=24, hidden=56)
     config = configured()
     config.objective.name = "grpo"
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     for adapters, count in ((ADAPTED.lora, 0), (None, 3)):
         model = dataclasses.replace(shape, lora=adapters)
         made = learner.Learner(model, config, updates=10)
