@@ -254,12 +254,17 @@ class Learner:
           scored: by the student, [M K b R], each minibatch by the weights it met: those
             of the first are the ones that played.
         """
+        mask = batch.mask
+        if self.recipe.data != "rollouts":
+            return {}  # nobody sampled
+        if self.recipe.shown == "rescued":  # those were sampled in the other view
+            mask = mask * (1 - batch.skilled[..., None])
         if not self.rescores:
-            return mismatch.agreement(scored[0], batch.old[0], batch.mask[0])
-        figures = mismatch.agreement(whole.old, batch.old, batch.mask)
+            return mismatch.agreement(scored[0], batch.old[0], mask[0])
+        figures = mismatch.agreement(whole.old, batch.old, mask)
         if whole.correction is not None:
             cap = self.config.rollout.correction_cap
-            figures |= mismatch.corrected(whole.correction, batch.mask, cap)
+            figures |= mismatch.corrected(whole.correction, mask, cap)
         return figures
 
     def _gradient(self, state: LearnerState, params, batch: TokenBatch, whole):
