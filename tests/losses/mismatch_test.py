@@ -50,11 +50,11 @@ def test_no_gradient_flows_through_a_weight():
 
 
 def test_the_cap_holds_a_share_of_the_tokens():
-    weight = np.array([[0.5, 2, np.nan], [2, 1, 2]], np.float32)
+    weight = np.array([[0.5, 2, np.nan], [2, 2, 2]], np.float32)
     found = mismatch.corrected(weight, MASK, 2.0)
     assert found.keys() == {"correction_mean", "correction_capped"}
-    np.testing.assert_allclose(figure(found, "correction_mean"), 5.5 / 4)
-    np.testing.assert_allclose(figure(found, "correction_capped"), 0.5)
+    np.testing.assert_allclose(figure(found, "correction_mean"), 6.5 / 4)
+    np.testing.assert_allclose(figure(found, "correction_capped"), 0.75)
 
 
 def test_bfloat16_is_computed_in_float32():
