@@ -105,6 +105,8 @@ class Rollout:
     cohorts: int = 1  # parts of the rows: one's environments step while another speaks
     reuse_prefix: bool = False  # windowed: keep on the device what two turns share
     draws: int = 1  # > 1: draw again up to so often for groups of equal rewards
+    old_logprobs: str = "sampled"  # or 'recomputed' by the scorer before the update
+    correction_cap: float = 0.0  # of the weights π_scorer / π_sampler; 0: off
 
 
 @dataclasses.dataclass

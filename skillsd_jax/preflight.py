@@ -6,6 +6,7 @@ from skillsd_jax import agent, learner, optimizers, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
+from skillsd_jax.losses.objective.terms import policy
 from skillsd_jax.models import attention, huggingface, qwen, shapes
 from skillsd_jax.skills import retrieval
 from skillsd_jax.validation import Refused, validate
@@ -45,6 +46,10 @@ def _check_method(config: settings.Config) -> None:
         wrong = f"teacher.kind={config.teacher.kind!r}: its is {method.teacher}"
     if config.rollout.draws > 1 and not method.rewarded:
         wrong = "rollout.draws: equal rewards are no reason to drop a group"
+    if config.rollout.correction_cap and policy not in method.terms:
+        wrong = "rollout.correction_cap: it has no policy gradient to correct"
+    if config.rollout.old_logprobs == "recomputed" and method.data != "rollouts":
+        wrong = "rollout.old_logprobs=recomputed: nobody sampled its episodes"
     if wrong:
         name = config.objective.name
         raise Refused(f"objective.name={name} does not take {wrong}")

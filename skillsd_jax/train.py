@@ -254,7 +254,7 @@ class Run:
         order = np.random.default_rng([self.config.seed, iteration, 2]).permutation(
             len(rows)
         )
-        return learner.arrange(batch, order, self.config.optimizer)
+        return tokens.arrange(batch, order, self.config.optimizer)
 
     def _credit(self, played: experience.Experience, shown) -> None:
         """Books each episode's reward to the skill of the bank that was shown."""

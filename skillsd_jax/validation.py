@@ -7,7 +7,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from skillsd_jax.artifacts import write_atomic
-from skillsd_jax.config import Config, Model, Optimizer, difference, flatten, to_dict
+from skillsd_jax.config import (
+    Config,
+    Model,
+    Optimizer,
+    Rollout,
+    difference,
+    flatten,
+    to_dict,
+)
 
 
 class Refused(ValueError):
@@ -26,6 +34,7 @@ CHOICES: dict[str, Collection[str]] = {
     "model.dtype": ("float32", "bfloat16"),
     "prompt.context": ("windowed", "whole"),
     "prompt.style": ("plain", "agent"),
+    "rollout.old_logprobs": ("sampled", "recomputed"),
     "objective.gate": ("gap", "entropy", "soft_or"),
     "objective.gate_entropy": ("nats", "normalised"),
     "objective.topk_kind": ("forward_kl", "reverse_kl", "jsd"),
@@ -55,6 +64,7 @@ MAY_BE_ZERO = (
     "model.lora_rank",
     "prompt.history",
     "prompt.max_skill_length",
+    "rollout.correction_cap",
     "objective.sdl_lambda",
     "objective.sdar_coef",
     "objective.gate_beta",
@@ -135,6 +145,7 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
     _check_lengths(config)
     if config.evaluate.top_p > 1:
         raise Refused(f"evaluate.top_p={config.evaluate.top_p} must be at most 1")
+    _check_correction(config.rollout)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -212,6 +223,16 @@ def _check_moments(optimizer: Optimizer) -> None:
             f"optimizer.moments=bfloat16 is too coarse for optimizer.{name}={beta} of "
             f"{optimizer.name}: the mean would stand still; set {name} to 0.99 or less, "
             "or moments to float32"
+        )
+
+
+def _check_correction(rollout: Rollout) -> None:
+    if rollout.correction_cap and rollout.old_logprobs != "recomputed":
+        raise Refused(
+            f"rollout.correction_cap={rollout.correction_cap} weighs the scorer's "
+            f"log-probs against the sampler's, and rollout.old_logprobs="
+            f"{rollout.old_logprobs} has the sampler's alone; set "
+            "--config.rollout.old_logprobs=recomputed, or the cap to 0"
         )
 
 

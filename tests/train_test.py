@@ -230,6 +230,16 @@ def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):
     assert summary["after"]["n"] == 4
 
 
+@pytest.mark.parametrize("name, cap", [("opsd", 2.0), ("sad", 0.0)])
+def test_old_log_probs_that_have_no_use_are_refused(tmp_path, name, cap):
+    config = toy(tmp_path, name=name)
+    config.rollout.old_logprobs, config.rollout.correction_cap = "recomputed", cap
+    message = f"{name} does not take rollout.(correction_cap: it has|old_logprobs=re)"
+    with pytest.raises(validation.Refused, match=message):
+        train.run(config, str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
