@@ -86,6 +86,8 @@ def _published() -> Config:
     config.rollout.prompts = 16  # SDAR
     config.rollout.group_size = 8  # SDAR
     config.rollout.rows = 128  # ours: the whole batch at once
+    config.rollout.cohorts = 2  # ours: environments step while the device decodes
+    config.rollout.reuse_prefix = True  # ours: instructions are read once
 
     objective = config.objective
     objective.name = "skill_sd"  # paper

@@ -136,8 +136,8 @@ class Practice:
         seeds = np.repeat(drawn, config.rollout.group_size)
         if self.recipe.data == "expert":
             return self._recorded(seeds, draw), [None] * len(seeds)
-        rng = np.random.default_rng([config.seed, draw, 3])
-        hints = experience.Hints(bank, config.skills, rng, self.player.prompter)
+        seed = [config.seed, draw, 3]
+        hints = experience.Hints(bank, config.skills, seed, self.player.prompter)
         episodes = rollout.collect(
             self.player,
             params,

@@ -1,7 +1,9 @@
 """Plays many episodes at once: environments on the host, the sampler on the device."""
 
+import collections
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -17,6 +19,9 @@ from skillsd_jax.sampler import Decoding
 from skillsd_jax.trajectory import Segment, Task, Trajectory
 
 Hint = Callable[[Task], str | None]
+Waits = slots.Heard | Pending
+
+GLANCE_S = 2e-4  # between looks at what several cohorts wait for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +139,8 @@ def collect(
 ) -> list[Trajectory]:
     """Plays one episode per seed and returns the trajectories in that order.
 
-    A finished episode's place goes to the next seed. What is played, and in which
-    place, does not depend on how long anything takes.
+    A finished episode's place goes to the next seed of its cohort. What is played, and
+    in which place, does not depend on how long anything takes.
 
     Args:
       player: static settings.
@@ -158,16 +163,33 @@ def collect(
     params = _apart(player.model, params)
     if hint is not None:
         hint = _that_fits(player, hint)
-    queue = _Queue(seeds)
-    share = min(player.cohort_rows, -(-len(seeds) // player.cohorts))
+    waiting, finished = list(enumerate(map(int, seeds))), {}
     cohorts = []
-    for first in range(0, wanted, max(share, 1)):
+    for number in range(player.cohorts):
+        places = range(wanted)[_share(wanted, player.cohorts, number)]
+        queue = waiting[_share(len(waiting), player.cohorts, number)]
         voice = player.voice(params, key, temperature, hint is not None)
-        owned = range(first, min(first + share, wanted))
-        cohorts.append(Cohort(player, voice, world, owned, queue).play(hint))
-    while cohorts:
-        cohorts = [cohort for cohort in cohorts if next(cohort, None)]
-    return [queue.finished[index] for index in range(len(seeds))]
+        cohort = Cohort(player, voice, world, places, queue, finished)
+        cohorts.append(cohort.play(hint))
+    _alternate(cohorts)
+    return [finished[index] for index in range(len(seeds))]
+
+
+def _share(count: int, parts: int, number: int) -> slice:
+    """The part of `count` things that is as large as the others, or one smaller."""
+    return slice(-(-count * number // parts), -(-count * (number + 1) // parts))
+
+
+def _alternate(cohorts: Sequence[Iterator[Waits]]) -> None:
+    """Goes on with a cohort as soon as what it waits for is there, until all end."""
+    running = [(cohort, next(cohort, None)) for cohort in cohorts]
+    while running := [pair for pair in running if pair[1] is not None]:
+        ready = [i for i, (_, what) in enumerate(running) if what.ready()]
+        if not ready and len(running) > 1:
+            time.sleep(GLANCE_S)
+            continue
+        cohort, _ = running.pop(ready[0] if ready else 0)
+        running.append((cohort, next(cohort, None)))
 
 
 _apart = jax.jit(qwen.unstack, static_argnums=0)
@@ -195,18 +217,6 @@ def warm_up(player: Player, params: qwen.Params, hinted: bool = False) -> None:
         player.voice(params, jax.random.key(0), 1.0, shown).warm_up()
 
 
-class _Queue:
-    """Episodes that wait for a place, and those that are over."""
-
-    def __init__(self, seeds: Sequence[int]):
-        self.waiting = list(enumerate(map(int, seeds)))[::-1]
-        self.finished: dict[int, Trajectory] = {}
-
-    def take(self, places: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(place, episode, seed) for as many places as episodes wait."""
-        return [(place, *self.waiting.pop()) for place in places if self.waiting]
-
-
 class Cohort:
     """Episodes that take their turns together.
 
@@ -215,7 +225,8 @@ class Cohort:
       voice: speaks for them.
       stage: where their environments are.
       places: which of its places are theirs.
-      queue: shared by the cohorts.
+      queue: (episode, seed) of those that wait for a place.
+      finished: gets what is over, by episode.
     """
 
     def __init__(
@@ -224,33 +235,35 @@ class Cohort:
         voice: slots.Slots | slots.Fresh,
         stage: Stage,
         places: Sequence[int],
-        queue: _Queue,
+        queue: Sequence[tuple[int, int]],
+        finished: dict[int, Trajectory],
     ):
         self.player, self.voice, self.stage = player, voice, stage
-        self.prompter, self.queue = player.prompter, queue
-        self.first, self.free = places[0], list(places)
+        self.prompter, self.finished = player.prompter, finished
+        self.queue, self.free = collections.deque(queue), list(places)
+        self.first = min(places, default=0)
         self.live: dict[int, Episode] = {}
 
-    def play(self, hint: Hint | None) -> Iterator[bool]:
-        """Plays until nothing waits; yields where the device or a world is at work."""
+    def play(self, hint: Hint | None) -> Iterator[Waits]:
+        """Plays until nothing waits; yields what the device or a world is at work on."""
         while True:
             opening = self._open()
             if not self.live:
                 if not opening:
                     return
-                yield True
+                yield opening[1]
                 self._join(*opening, hint)
                 continue
             live = [self.live[place] for place in sorted(self.live)]
             contexts = [self._context(episode) for episode in live]
             heard = self.voice.ask([self._ask(*pair) for pair in zip(live, contexts)])
-            yield True
+            yield heard
             said = [
                 self._record(episode, context, *reply)
                 for episode, context, reply in zip(live, contexts, heard.result())
             ]
             stepping = self.stage.step([e.slot for e in live], [t for t, _ in said])
-            yield True
+            yield stepping
             for episode, reply, outcome in zip(live, said, stepping.result()):
                 episode.take(reply[0], outcome, reply[1])
                 if episode.ending:
@@ -260,12 +273,12 @@ class Cohort:
 
     def _open(self):
         """Resets free places for waiting episodes; they join when that is done."""
-        taken = self.queue.take(sorted(self.free))
-        if not taken:
+        places = sorted(self.free)[: len(self.queue)]
+        if not places:
             return None
-        places, _, seeds = zip(*taken)
+        taken = [(place, *self.queue.popleft()) for place in places]
         self.free = [place for place in self.free if place not in places]
-        return taken, self.stage.reset(places, seeds)
+        return taken, self.stage.reset(places, [seed for _, _, seed in taken])
 
     def _join(self, taken, resetting: Pending, hint: Hint | None) -> None:
         for (place, index, seed), outcome in zip(taken, resetting.result()):
@@ -277,7 +290,7 @@ class Cohort:
     def _over(self, episode: Episode) -> None:
         del self.live[episode.slot]
         self.free.append(episode.slot)
-        self.queue.finished[episode.index] = episode.finish()
+        self.finished[episode.index] = episode.finish()
 
     def _context(self, episode: Episode) -> list[Segment]:
         """What the model is to have read before it replies."""

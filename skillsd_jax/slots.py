@@ -101,6 +101,10 @@ class Heard:
     def __init__(self, slots: "Slots | None", asks: Sequence[Ask], reply: Reply, rows):
         self._slots, self._asks, self._reply, self._rows = slots, asks, reply, rows
 
+    def ready(self) -> bool:
+        """Whether `result` need not wait."""
+        return self._reply.count.is_ready()
+
     def result(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Sampled ids and their log-probs, in the order of the asks."""
         reply = jax.device_get(self._reply)

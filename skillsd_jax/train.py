@@ -268,9 +268,9 @@ class Run:
 
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""
-        rng = np.random.default_rng([self.config.seed, 0, 5])
+        seed = [self.config.seed, 0, 5]
         hints = experience.Hints(
-            self.bank, self.config.skills, rng, self.player.prompter
+            self.bank, self.config.skills, seed, self.player.prompter
         )
         hint = hints.text if self.recipe.student_skill else None
         results = self.panels.standing(self.state.weights, hint)

@@ -54,6 +54,9 @@ class Answered:
     def result(self) -> list[Outcome]:
         return self.outcomes
 
+    def ready(self) -> bool:
+        return True
+
 
 class Inline(Stage):
     """Plays in the call itself; there is no time limit.

@@ -88,6 +88,9 @@ class _Awaited:
     def result(self) -> list[Outcome]:
         return [job.future.result() for job in self.jobs]
 
+    def ready(self) -> bool:
+        return all(job.future.done() for job in self.jobs)
+
 
 class _Keeper(threading.Thread):
     """Keeps one worker going: hands it one call after another, starts it anew.

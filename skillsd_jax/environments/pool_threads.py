@@ -47,6 +47,13 @@ class Threads(Stage):
                 self._replace_if_overdue(number, lane)
         return job.future.result()
 
+    def settled(self, job: Job) -> bool:
+        """Whether its outcome is there; a call that has overrun its limit has one."""
+        if not job.future.done():
+            number = job.slot % len(self._lanes)
+            self._replace_if_overdue(number, self._lanes[number])
+        return job.future.done()
+
     def _start(self, jobs: list[Job]) -> "_Awaited":
         for job in jobs:
             self._lanes[job.slot % len(self._lanes)].jobs.put(job)
@@ -83,6 +90,9 @@ class _Awaited:
 
     def result(self) -> list[Outcome]:
         return [self.stage.wait(job) for job in self.jobs]
+
+    def ready(self) -> bool:
+        return all(self.stage.settled(job) for job in self.jobs)
 
 
 class _Lane:

@@ -53,6 +53,10 @@ class Pending(Protocol):
         """Waits; the outcomes in the order of the slots. May be called again."""
         ...
 
+    def ready(self) -> bool:
+        """Whether `result` need not wait."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
