@@ -1,6 +1,8 @@
 """A whole run at toy size: it leaves what it promises, repeats, resumes, refuses."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 
 from skillsd_jax import checkpoint, metrics, practice, train, validation
 from skillsd_jax import config as settings
+from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import OBJECTIVES
 from skillsd_jax.models import huggingface, qwen, tokenizer
 
@@ -216,6 +219,39 @@ def test_tasks_are_drawn_in_epochs_without_state():
     second = [t for i in range(4, 8) for t in practice.drawn_tasks(0, i, 2, 8)]
     assert sorted(second) == list(range(8)) and first != second
     assert practice.drawn_tasks(1, 0, 8, 8) != practice.drawn_tasks(0, 0, 8, 8)
+
+
+def test_a_worker_that_is_killed_costs_its_own_episodes_and_training_goes_on(
+    tmp_path, monkeypatch
+):
+    """Whole histories in two cohorts, environments in two worker processes."""
+    config = toy(tmp_path)
+    config.environment.workers = "processes"
+    config.prompt.context, config.prompt.max_length = "whole", 400
+    config.rollout.cohorts = 2
+    whole, step = train.Run.iterate, Stage.step
+
+    def killing(self, iteration):
+        def once(stage, slots, texts):
+            if stage is self.stage and len(killed) == 0 and iteration == 2:
+                killed.append(stage.pids[0])
+                os.kill(killed[0], signal.SIGKILL)
+            return step(stage, slots, texts)
+
+        monkeypatch.setattr(Stage, "step", once)
+        return whole(self, iteration)
+
+    killed = []
+    monkeypatch.setattr(train.Run, "iterate", killing)
+    summary = train.run(config, str(tmp_path / "work"))
+    rows = metrics.read(tmp_path / "work" / "metrics.jsonl")
+    assert len(rows) == 4 and killed and "after" in summary
+    assert [row["faults"]["restarts"] for row in rows] == [0, 0, 1, 0]
+    # Two of the four places were that worker's.
+    lost = [row["endings"].get("error", 0) for row in rows]
+    assert lost[:2] == [0, 0] and 1 <= lost[2] <= 2 and lost[3] == 0
+    assert rows[2]["faults"]["errors"] == lost[2]
+    assert [row["compilations"] for row in rows[2:]] == [0, 0]
 
 
 def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):
