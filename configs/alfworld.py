@@ -74,6 +74,7 @@ def _published() -> Config:
     environment.name = "alfworld"
     environment.train_tasks = 3553  # the original training games
     environment.require_think = True  # published: a reply without a thought is invalid
+    environment.workers = "processes"  # ours: one that hangs can be killed
     environment.alfworld.max_steps = 50  # published
     environment.alfworld.rooms = "all"  # published
     environment.alfworld.families = "all"  # published
@@ -91,6 +92,7 @@ def _published() -> Config:
     prompt.max_prompt_length = 2048  # published
     prompt.max_response_length = 512  # published
     prompt.max_skill_length = 1024  # ours: the skill never shortens the history
+    prompt.stop_tokens = "<|endoftext|>"  # as Qwen's generation_config.json has it
 
     config.rollout.prompts = 16  # published
     config.rollout.group_size = 8  # published

@@ -82,6 +82,7 @@ def _published() -> Config:
     prompt.max_prompt_length = 2048  # SDAR
     prompt.max_response_length = 512  # SDAR
     prompt.max_skill_length = 1024  # ours: the paper names none
+    prompt.stop_tokens = "<|endoftext|>"  # as Qwen's generation_config.json has it
 
     config.rollout.prompts = 16  # SDAR
     config.rollout.group_size = 8  # SDAR

@@ -88,6 +88,7 @@ class Prompt:
     system: str = ""  # system message; "": the chat template's own, if it has one
     style: str = "plain"  # 'plain' (instruction, observation) or 'agent' (told how)
     admissible: bool = False  # list the admissible commands
+    stop_tokens: str = ""  # comma-separated control tokens that end a reply as well
     stop_texts: str = ""  # comma-separated; a reply ends where it says one of them
     thinking: bool = True  # False: replies begin with an empty thought, as Qwen3's do
     max_prompt_length: int = 48  # student's context without the last reply

@@ -60,6 +60,13 @@ class Episode:
             late = len(self.turns) >= self.max_steps
             self.ending = "limit" if late else "failure"
             self.ending = "success" if after.success else self.ending
+        if len(self.turns) >= self.max_steps and not self.ending:
+            self.ending = "limit"  # a world that forgets to end
+
+    def fail(self, message: str) -> None:
+        """Ends the episode for what is no doing of the agent's."""
+        self.ending = "error"
+        self.step = base.TimeStep(self.step.observation, feedback=message)
 
     def finish(self) -> Trajectory:
         return Trajectory(

@@ -7,7 +7,7 @@ from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
 from skillsd_jax.losses.objective.terms import policy
-from skillsd_jax.models import attention, huggingface, qwen, shapes
+from skillsd_jax.models import attention, huggingface, qwen, shapes, tokenizer
 from skillsd_jax.skills import retrieval
 from skillsd_jax.validation import Refused, validate
 
@@ -82,6 +82,11 @@ def _probe(config: settings.Config) -> None:
         if config.teacher.path:
             networks.append(huggingface.check(config.teacher.path))
             agent.check_words(config)
+        if config.model.path:
+            words = tokenizer.load(config.model.path)
+            # Reads what ends a reply: a name the tokenizer has not is refused here.
+            player = rollout.Player(networks[0], words, config.prompt, rows=1)
+            _ = player.stop_ids, player.guide
         environment = rollout.environment(config.environment, "train")
         environment.reset(0)
     except (ImportError, ValueError, OSError) as fault:

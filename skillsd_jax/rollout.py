@@ -80,10 +80,29 @@ class Player:
         return self.prompt.context == "whole" or self.reuse
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token that ends a turn, and those of `prompt.stop_tokens`.
+
+        Raises:
+          ValueError: the tokenizer has no such token.
+        """
+        names = filter(None, self.prompt.stop_tokens.split(","))
+        return (self.encoder.stop_id, *map(self.encoder.control_id, names))
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.prompt.stop_texts.split(",")))
+
+    @property
     def guide(self) -> automaton.Automaton | None:
         """Ends a reply where it says one of `prompt.stop_texts`."""
-        texts = tuple(filter(None, self.prompt.stop_texts.split(",")))
+        texts = self.stop_texts
         return _stopping(self.encoder, self.model.vocab, texts) if texts else None
+
+    def _shrink(self, room: slots.Room) -> tuple[int, ...]:
+        """A CPU gains from every row it need not compute; elsewhere memory counts."""
+        on_cpu = jax.default_backend() == "cpu"
+        return room.shrink if on_cpu else room.shrink[-1:]
 
     def voice(
         self, params: qwen.Params, key: jax.Array, temperature: float, hinted: bool
@@ -92,10 +111,10 @@ class Player:
         room = slots.Room(self.cohort_rows, self.skilled_length)
         how = Decoding(
             max_new=self.prompt.max_response_length,
-            stop_ids=(self.encoder.stop_id,),
+            stop_ids=self.stop_ids,
             top_k=self.top_k,
             top_p=self.top_p,
-            shrink=room.shrink if self.keeps else (),
+            shrink=self._shrink(room) if self.keeps else (),
         )
         speaker = slots.Voice(self.model, params, how, key, temperature, self.guide)
         if self.keeps:
@@ -246,54 +265,63 @@ class Cohort:
 
     def play(self, hint: Hint | None) -> Iterator[Waits]:
         """Plays until nothing waits; yields what the device or a world is at work on."""
-        while True:
-            opening = self._open()
-            if not self.live:
-                if not opening:
-                    return
-                yield opening[1]
-                self._join(*opening, hint)
+        while self.live or self.queue:
+            taken = self._free_places()
+            if taken:
+                places, _, seeds = zip(*taken)
+                resetting = self.stage.reset(places, seeds)
+                yield resetting
+                for each, outcome in zip(taken, resetting.result()):
+                    self._begin(*each, outcome, hint)
+            asked = self._contexts()
+            if not asked:
                 continue
-            live = [self.live[place] for place in sorted(self.live)]
-            contexts = [self._context(episode) for episode in live]
-            heard = self.voice.ask([self._ask(*pair) for pair in zip(live, contexts)])
+            heard = self.voice.ask([self._ask(*pair) for pair in asked])
             yield heard
             said = [
-                self._record(episode, context, *reply)
-                for episode, context, reply in zip(live, contexts, heard.result())
+                self._record(*pair, *reply)
+                for pair, reply in zip(asked, heard.result())
             ]
+            live = [episode for episode, _ in asked]
             stepping = self.stage.step([e.slot for e in live], [t for t, _ in said])
             yield stepping
-            for episode, reply, outcome in zip(live, said, stepping.result()):
-                episode.take(reply[0], outcome, reply[1])
-                if episode.ending:
-                    self._over(episode)
-            if opening:
-                self._join(*opening, hint)
+            for episode, (text, stopped), outcome in zip(live, said, stepping.result()):
+                episode.take(text, outcome, stopped)
+                self._over_if_ended(episode)
 
-    def _open(self):
-        """Resets free places for waiting episodes; they join when that is done."""
+    def _free_places(self) -> list[tuple[int, int, int]]:
+        """(place, episode, seed) of those whose turn it is to begin."""
         places = sorted(self.free)[: len(self.queue)]
-        if not places:
-            return None
-        taken = [(place, *self.queue.popleft()) for place in places]
         self.free = [place for place in self.free if place not in places]
-        return taken, self.stage.reset(places, [seed for _, _, seed in taken])
+        return [(place, *self.queue.popleft()) for place in places]
 
-    def _join(self, taken, resetting: Pending, hint: Hint | None) -> None:
-        for (place, index, seed), outcome in zip(taken, resetting.result()):
-            episode = begin(index, place, seed, outcome, self.stage.max_steps, hint)
-            self.live[place] = episode
-            if episode.ending:
-                self._over(episode)
+    def _begin(self, place: int, index: int, seed: int, outcome, hint) -> None:
+        episode = begin(index, place, seed, outcome, self.stage.max_steps, hint)
+        self.live[place] = episode
+        self._over_if_ended(episode)
 
-    def _over(self, episode: Episode) -> None:
-        del self.live[episode.slot]
-        self.free.append(episode.slot)
-        self.finished[episode.index] = episode.finish()
+    def _over_if_ended(self, episode: Episode) -> None:
+        if episode.ending:
+            del self.live[episode.slot]
+            self.free.append(episode.slot)
+            self.finished[episode.index] = episode.finish()
+
+    def _contexts(self) -> list[tuple[Episode, list[Segment]]]:
+        """Who speaks next, and what each is to have read.
+
+        An instruction that leaves no room is a fault of the environment.
+        """
+        asked = []
+        for place in sorted(self.live):
+            episode = self.live[place]
+            try:
+                asked.append((episode, self._context(episode)))
+            except prompts.NoRoom as fault:
+                episode.fail(str(fault))
+                self._over_if_ended(episode)
+        return asked
 
     def _context(self, episode: Episode) -> list[Segment]:
-        """What the model is to have read before it replies."""
         if self.player.prompt.context == "whole" and episode.contexts:
             context = episode.contexts[-1]
             stopped = context[-1].tokens[-1] == self.player.encoder.stop_id
@@ -326,13 +354,13 @@ class Cohort:
         self, episode: Episode, context: list[Segment], ids, logprobs
     ) -> tuple[str, bool]:
         """Appends the reply to its context; returns it as text, and whether it ended."""
-        encoder = self.player.encoder
+        player = self.player
         context.append(self.prompter.reply(ids, logprobs))
         episode.contexts.append(context)
-        spoken = ids[ids != encoder.stop_id]
-        cut = len(ids) == self.player.prompt.max_response_length
-        stopped = not cut or bool(ids[-1] == encoder.stop_id)
-        return encoder.decode(spoken.tolist()), stopped
+        text = player.encoder.decode(ids[~np.isin(ids, player.stop_ids)].tolist())
+        stopped = len(ids) < player.prompt.max_response_length
+        stopped |= int(ids[-1]) in player.stop_ids
+        return text, stopped or any(end in text for end in player.stop_texts)
 
 
 def _ids(segments: Sequence[Segment]) -> np.ndarray:

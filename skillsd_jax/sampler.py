@@ -50,10 +50,12 @@ class Decoding:
     Args:
       max_new: M, the most tokens of a reply.
       stop_ids: the first of them that is drawn ends a reply.
-      top_k: only so many of the likeliest words can be drawn; 0: all.
-      top_p: only the fewest likeliest words whose probabilities reach it; 1: all.
+      top_k: only so many of the likeliest words can be drawn, and what ties with the
+        last of them; 0: all.
+      top_p: only the fewest likeliest words whose probabilities reach it, and what ties
+        with the last; 1: all.
       shrink: row counts, falling: as soon as no more rows than that are live, only they
-        are computed. Each is a further loop to compile.
+        are computed, in a cache of their own. Each is a further loop to compile.
     """
 
     max_new: int
@@ -78,7 +80,8 @@ class Ask:
     """What the rows of a batch want.
 
     Args:
-      keys: random keys; a row's reply depends on its own key alone.
+      keys: random keys; a row's reply depends, up to rounding of its logits, on its own
+        key alone.
       live: rows that reply.
       limit: the most tokens of each reply; None: max_new.
       begin: state of the automaton in which each row begins; None: 0.
@@ -273,7 +276,8 @@ def _invert(keys: Array, logits: Float[Array, "B V"], greedy):
 
     The vocabulary is laid out in LANES columns. One number picks a column by its
     weight, the other a word in it: the first whose cumulative weight exceeds the number
-    times the total. A word of weight 0 is never picked. Sums run down the columns, which
+    times the total, among those that have a weight: a long cumulative sum can rise by
+    rounding alone where nothing is added. Sums run down the columns, which
     every backend does in parallel; reductions along a row are slow on a CPU.
     """
     rows, words = logits.shape
@@ -285,8 +289,9 @@ def _invert(keys: Array, logits: Float[Array, "B V"], greedy):
         return jnp.where(greedy, logits == top, jnp.exp(logits - top))
 
     def first_beyond(u, weight):
-        total = jnp.cumsum(weight, axis=1)
-        return jnp.argmax(total > u[:, None] * total[:, -1:], axis=1)
+        total = jnp.where(weight > 0, jnp.cumsum(weight, axis=1), 0.0)
+        most = jnp.max(total, axis=1, keepdims=True)
+        return jnp.argmax(total > u[:, None] * most, axis=1)
 
     u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     u = jnp.where(greedy, 0.0, u)
@@ -305,20 +310,3 @@ def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
     falling = jnp.sort(logits, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(falling), axis=-1) - jax.nn.softmax(falling)
     return jnp.min(jnp.where(before < top_p, falling, jnp.inf), -1, keepdims=True)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "how"), donate_argnames="state")
-def turn(
-    config: qwen.ModelConfig,
-    params: qwen.Params,
-    state: SamplerState,
-    tokens: Int[Array, "B n"],
-    length: Int[Array, "B"],
-    ask: Ask,
-    temperature: float | Float[Array, ""],
-    how: Decoding,
-    guide: Automaton | None = None,
-) -> tuple[SamplerState, Reply]:
-    """`extend`, then `generate`, in one call that consumes `state`."""
-    state = extend(config, params, state, tokens, length)
-    return generate(config, params, state, ask, temperature, how, guide)

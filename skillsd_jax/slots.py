@@ -44,7 +44,8 @@ class Voice:
       model: shape of the network.
       params: its weights, in layers apart (qwen.unstack) for speed.
       how: static settings of decoding.
-      key: of all sampling; a reply depends on (key, episode, turn) alone.
+      key: of all sampling. The random numbers of a reply depend on (key, episode,
+        turn) alone; its logits are the same up to rounding whoever shares the batch.
       temperature: 0 is greedy.
       guide: ends replies at texts, or rules tokens out; None: neither.
     """
@@ -150,9 +151,7 @@ class Slots:
                 f"a context with its reply takes {longest} tokens, the window is "
                 f"{self.room.window}; cut the context first"
             )
-        slots = tokens.bucket(longest, self.room.slots)
-        if slots > self.state.cache.slots:
-            self.state = _grow(self.state, slots)
+        self._grow(longest)
         leaders, copies = _leaders(asks, self.known)
         self._read(leaders)
         if copies:
@@ -173,6 +172,12 @@ class Slots:
             self.voice.guide,
         )
         return Heard(self, asks, reply, [ask.slot for ask in asks])
+
+    def _grow(self, longest: int) -> None:
+        """Makes room, size after size: a leap would be a shape of its own."""
+        for slots in self.room.slots:
+            if self.state.cache.slots < slots and self.state.cache.slots < longest:
+                self.state = _grown(self.state, slots)
 
     def _read(self, asks: Sequence[Ask]) -> None:
         """Reads what is new, in pieces of rows of like length."""
@@ -204,21 +209,22 @@ class Slots:
         self.state = _read(self.voice.model, self.voice.params, self.state, where)
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
-        rows = self.room.rows
-        source, target = np.zeros(rows, np.int32), np.full(rows, rows, np.int32)
-        for i, pair in enumerate(copies):
-            source[i], target[i] = pair
-        self.state = _copied(self.state, source, target)
+        many = self.room.piece_rows
+        for first in range(0, len(copies), many):
+            part = copies[first : first + many]
+            source, target = np.zeros(many, np.int32), np.full(many, self.room.rows)
+            for i, pair in enumerate(part):
+                source[i], target[i] = pair
+            self.state = _copied(self.state, source, target.astype(np.int32))
 
     def warm_up(self) -> None:
         """Compiles every shape that `ask` may use, so that none is met later."""
         nobody = np.zeros(self.room.rows, np.int32)
         for slots in self.room.slots:
-            if slots > self.state.cache.slots:
-                self.state = _grow(self.state, slots)
+            self._grow(slots)
             for length in self.room.pieces:
                 self._piece([], length)
-            self._copy([])
+            self._copy([(0, 0)])
             self.state, reply = _speak(
                 self.voice.model,
                 self.voice.how,
@@ -353,7 +359,7 @@ def _copied(state, source, target):
     return sampler.scatter(state, target, sampler.gather(state, source))
 
 
-_grow = jax.jit(sampler.grow, static_argnums=1)
+_grown = jax.jit(sampler.grow, static_argnums=1)
 
 
 def row_keys(key, episode, turn):

@@ -4,6 +4,7 @@ tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve 
       → learner.update → bank.credit → metrics, checkpoint
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -57,8 +58,7 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(metrics.Progress(config.iterations))
-        started = contextlib.closing(Run(config, Path(workdir), progress))
-        return stack.enter_context(started).finish()
+        return Run(config, Path(workdir), progress, stack).finish()
 
 
 def _machine() -> str:
@@ -82,10 +82,15 @@ class Run:
       config: every setting.
       workdir: exists and belongs to this run.
       progress: what the user sees meanwhile.
+      stack: ends the workers that hold environments.
     """
 
     def __init__(
-        self, config: settings.Config, workdir: Path, progress: metrics.Progress
+        self,
+        config: settings.Config,
+        workdir: Path,
+        progress: metrics.Progress,
+        stack: contextlib.ExitStack,
     ):
         self.config, self.workdir, self.progress = config, workdir, progress
         self.commit = metrics.commit()  # of the code that runs, not of a later edit
@@ -94,9 +99,8 @@ class Run:
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
         self.player = self.agent.player
-        self.stage = rollout.open_stage(
-            config.environment, "train", config.rollout.rows
-        )
+        stage = rollout.open_stage(config.environment, "train", config.rollout.rows)
+        self.stage = stack.enter_context(stage)
         turns = self.stage.max_steps
         episodes = config.rollout.prompts * config.rollout.group_size
         # The most rows an iteration can leave, plus one that is always padding.
@@ -120,6 +124,7 @@ class Run:
             self.panels = panels.Panels(
                 config, self.player, functools.partial(key_for, config.seed)
             )
+            stack.callback(self.panels.close)
             self.progress.say(self.panels.describe())
         self.checkpoints = checkpoint.Checkpointer(
             workdir / "checkpoints", config.keep_checkpoints
@@ -152,7 +157,8 @@ class Run:
         """Goes from where the run stands to its summary."""
         start = self._restore()
         with self.clock("compile"):
-            rollout.warm_up(self.player, self.state.weights, self.recipe.hinted)
+            for player in (self.player, self.panels.player):
+                rollout.warm_up(player, self.state.weights, self.recipe.hinted)
         if not self.host:
             self.progress.say("before: student on the test panel, teacher on its own")
             with self.clock("evaluate"):
@@ -176,15 +182,16 @@ class Run:
         self.compilations.close()
         return self._after()
 
-    def close(self) -> None:
-        """Ends the workers that hold environments."""
-        self.stage.close()
-        self.panels.close()
+    def _faults(self) -> collections.Counter[str]:
+        """What went wrong with environments so far."""
+        counts = collections.Counter(self.stage.counts())
+        counts.update(self.panels.faults())
+        return counts
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its line of metrics.jsonl."""
         config, clock = self.config, self.clock
-        before, faults = self.compilations.count, self.stage.counts()
+        before, faults = self.compilations.count, self._faults()
         with clock("rollout"):
             practiced = self.practice.episodes(self.state.weights, iteration, self.bank)
             played = practiced.kept
@@ -215,13 +222,11 @@ class Run:
                 "dropped": views.dropped,
             },
         }
-        record["faults"] = {
-            name: count - faults[name] for name, count in self.stage.counts().items()
-        }
         self.environment_steps += sum(len(t.turns) for t in practiced.played)
         with clock("evaluate"):
             record |= self._during(iteration)
         self._keep_sample(iteration, played, shown)
+        record["faults"] = {n: c - faults[n] for n, c in self._faults().items()}
         record["environment_steps"] = self.environment_steps
         record["compilations"] = self.compilations.count - before
         record["seconds"] = clock.lap()
@@ -348,6 +353,7 @@ class Run:
             "warm_start": self.agent.record,
             "teacher": self.teacher_record,
             "environment_steps": self.environment_steps,
+            "faults": dict(self._faults()),
             "seconds": {k: round(v, 1) for k, v in self.clock.total.items()},
             "versions": metrics.versions(),
             "commit": self.commit,

@@ -403,3 +403,28 @@ class Hanging(household.Household):
         if self.hangs:
             time.sleep(2)
         return super().step(text)
+
+
+class Endless(household.Household):
+    """Forgets to end, or asks for more than a prompt can hold."""
+
+    def task(self):
+        task = super().task()
+        if self.seed % 2:
+            return dataclasses.replace(task, instruction="go on " * 500)
+        return task
+
+    def reset(self, seed):
+        self.seed = seed
+        return super().reset(seed)
+
+    def step(self, text):
+        return dataclasses.replace(super().step("look"), done=False)
+
+
+def test_worlds_that_know_no_bounds_end_their_own_episodes_alone(player, params):
+    made = [Endless() for _ in range(player.rows)]
+    key = jax.random.key(KEY)
+    played = rollout.collect(player, params, made, range(6), key, TEMPERATURE)
+    assert [t.ending for t in played] == ["limit", "error"] * 3
+    assert [len(t.turns) for t in played] == [made[0].max_steps, 0] * 3

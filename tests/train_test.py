@@ -224,8 +224,11 @@ def test_tasks_are_drawn_in_epochs_without_state():
 def test_a_worker_that_is_killed_costs_its_own_episodes_and_training_goes_on(
     tmp_path, monkeypatch
 ):
-    """Whole histories in two cohorts, environments in two worker processes."""
+    """Whole histories in two cohorts, environments in two worker processes, old
+    log-probs by the scorer, panels drawn from the likeliest five words."""
     config = toy(tmp_path)
+    config.rollout.old_logprobs, config.rollout.correction_cap = "recomputed", 2.0
+    config.evaluate.top_k = 5
     config.environment.workers = "processes"
     config.prompt.context, config.prompt.max_length = "whole", 400
     config.rollout.cohorts = 2
@@ -251,7 +254,11 @@ def test_a_worker_that_is_killed_costs_its_own_episodes_and_training_goes_on(
     lost = [row["endings"].get("error", 0) for row in rows]
     assert lost[:2] == [0, 0] and 1 <= lost[2] <= 2 and lost[3] == 0
     assert rows[2]["faults"]["errors"] == lost[2]
-    assert [row["compilations"] for row in rows[2:]] == [0, 0]
+    assert [row["compilations"] for row in rows[1:]] == [0, 0, 0]
+    for row in rows:
+        assert row["old_difference_max"] < 1e-4 and row["old_difference_share"] == 0
+        assert row["correction_mean"] == pytest.approx(1, abs=1e-4)
+    assert summary["faults"]["restarts"] == 1
 
 
 def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):

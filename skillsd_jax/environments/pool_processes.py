@@ -283,7 +283,9 @@ class _Worker:
         """What is there, once something is, or b"" after a look at the worker."""
         try:
             left = min(_LOOK_S, max(0.0, until - time.monotonic()))
-            ready, _, _ = select.select([self._line], [], [], left)
+            poll = select.poll()  # select has no room for descriptors above 1023
+            poll.register(self._line, select.POLLIN)
+            ready = poll.poll(1000 * left)
             chunk = self._line.recv(_CHUNK) if ready else b""
         except OSError as fault:
             raise EOFError(str(fault)) from fault

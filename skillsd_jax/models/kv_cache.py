@@ -43,16 +43,6 @@ def empty(
     return KVCache(layers(), layers(), jnp.zeros(rows, jnp.int32))
 
 
-def gather(cache: KVCache, index: Int[Array, "C"]) -> KVCache:
-    """The rows named by `index`, which may repeat (a prompt shared by a group)."""
-    return jax.tree.map(lambda x: x[index], cache)
-
-
-def scatter(cache: KVCache, index: Int[Array, "C"], part: KVCache) -> KVCache:
-    """Puts row c of `part` in the place of row index[c]; past the last row: nowhere."""
-    return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), cache, part)
-
-
 def grow(cache: KVCache, slots: int) -> KVCache:
     """The same with room for `slots` tokens a row, at least as many as before."""
     extra = ((0, 0), (0, 0), (0, slots - cache.slots), (0, 0))

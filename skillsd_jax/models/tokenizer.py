@@ -87,6 +87,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def control_id(self, token: str) -> int:
+        """The id of a control token; ValueError if there is none of that name."""
+        return _control_id(self._backend, token)
+
     @property
     def max_id(self) -> int:
         """The largest id; more than vocab_size − 1 where ids are left out."""
@@ -106,11 +110,7 @@ class Tokenizer:
         return self._backend.decode(kept, skip_special_tokens=False)
 
     def pieces(self, count: int) -> list[bytes]:
-        """What each of the ids 0 … count − 1 adds to the text; control ids add nothing.
-
-        A character may be spread over several. What the decoder does at a text's start
-        (a leading space dropped) is not in it.
-        """
+        """What each of the ids 0 … count − 1 adds to a text that has begun."""
         pieces, added = [b""] * count, self._backend.get_added_tokens_decoder()
         by_byte = "ByteLevel" in repr(self._backend.decoder)
         for text, id in self._backend.get_vocab(with_added_tokens=True).items():
