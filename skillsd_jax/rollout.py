@@ -126,7 +126,7 @@ class Player:
 
 @functools.lru_cache(maxsize=4)
 def _stopping(encoder, vocab: int, texts: tuple[str, ...]) -> automaton.Automaton:
-    return automaton.stopping(encoder.pieces(vocab), texts)
+    return jax.device_put(automaton.stopping(encoder.pieces(vocab), texts))
 
 
 def environment(config: settings.Environment, split: str) -> base.Environment:

@@ -42,6 +42,7 @@ WITHOUT_JAX = (
     "artifacts",
     "models.tokenizer",
     "models.template",
+    "models.spelling",
     "main",
 )
 FILE_WRITERS = {

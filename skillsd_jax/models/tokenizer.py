@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from skillsd_jax import artifacts
-from skillsd_jax.models import template
+from skillsd_jax.models import spelling, template
 
 _OPEN, _CLOSE, _PAD = template.OPEN, template.CLOSE, "<|endoftext|>"
 _SETTINGS = "tokenizer_config.json"
@@ -36,14 +36,6 @@ _CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-
-
-# How byte-level BPE writes bytes: printable ones as they are, the others from 256 on.
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
-_BYTES = {chr(b): b for b in _PRINTABLE} | {
-    chr(256 + n): b for n, b in enumerate(_OTHERS)
-}
 
 
 class Tokenizer:
@@ -109,20 +101,24 @@ class Tokenizer:
         kept = [int(id) for id in ids if int(id) not in self._control]
         return self._backend.decode(kept, skip_special_tokens=False)
 
-    def pieces(self, count: int) -> list[bytes]:
-        """What each of the ids 0 … count − 1 adds to a text that has begun."""
-        pieces, added = [b""] * count, self._backend.get_added_tokens_decoder()
-        by_byte = "ByteLevel" in repr(self._backend.decoder)
-        for text, id in self._backend.get_vocab(with_added_tokens=True).items():
-            if id in self._control or id >= count:
-                continue
-            if by_byte and id not in added:
-                pieces[id] = bytes(_BYTES[character] for character in text)
-            elif re.fullmatch("<0x[0-9A-F]{2}>", text):
-                pieces[id] = bytes([int(text[3:5], 16)])
-            else:
-                pieces[id] = (text if by_byte else text.replace(_SPACE, " ")).encode()
-        return pieces
+    def pieces(self, size: int | None = None) -> list[bytes]:
+        """What each id adds to decoded text; b"" for control ids and unknown ones.
+
+        Joined, they are what `decode` gives, but for what `spelling.pieces` tells of.
+
+        Args:
+          size: ids to tell of, a model's rows for instance; all known ones if None.
+
+        Raises:
+          ValueError: the decoder is of a kind whose bytes are not known.
+        """
+        size = self.max_id + 1 if size is None else size
+        names = [
+            "" if id in self._control else self._backend.id_to_token(id) or ""
+            for id in range(size)
+        ]
+        decoder = self._backend.decoder
+        return spelling.pieces(names, decoder.__getstate__() if decoder else "null")
 
     def means(self, other: "Tokenizer") -> bool:
         """Whether every id means the same to both."""

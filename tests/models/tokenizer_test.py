@@ -7,7 +7,6 @@ import sys
 import time
 
 import hypothesis
-import numpy as np
 import pytest
 import tokenizers
 from hypothesis import strategies as st
@@ -355,22 +354,3 @@ def test_neither_jax_nor_torch_is_imported():
         "assert not {'jax', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-
-@pytest.mark.parametrize("kind", ["own", *folders.KINDS])
-def test_pieces_are_what_each_id_adds_to_the_text(kind):
-    """Behind a first token: at its start a decoder may drop a space."""
-    words = shared() if kind == "own" else foreign(kind)[0]
-    pieces = words.pieces(words.max_id + 3)
-    assert pieces[words.max_id + 1 :] == [b"", b""]
-    for id in control_ids(words):
-        assert pieces[id] == b""
-    known = [id for id, piece in enumerate(pieces) if piece]
-    assert len(known) > 20
-    rng, (first, *_) = np.random.default_rng(0), words.encode("x")
-    for _ in range(200):
-        ids = rng.choice(known, 6).tolist()
-        text = words.decode([first, *ids])
-        spelled = b"".join(pieces[id] for id in ids).decode(errors="replace")
-        if "\ufffd" not in spelled:  # torn bytes may be shown as one or as several
-            assert text == words.decode([first]) + spelled
