@@ -1,7 +1,7 @@
 """ALFWorld on the real TextWorld engine, after SDAR (arXiv 2605.15155) and Skill-SD.
 
 Command: python -m skillsd_jax.main --config=configs/alfworld.py
-Hardware: a laptop's CPU; 13 minutes on two cores, caches empty. Success on unseen
+Hardware: a laptop's CPU; 10 minutes on one core, caches empty. Success on unseen
 kitchens at T = 0.4, seeds 0, 1, 2: 37 → 71, 21 → 64, 30 → 66 %.
 
 The embedded default restricts the world so that it fits minutes: kitchens, the four

@@ -1,8 +1,8 @@
 """Sokoban from text, after Skill-SD (arXiv 2604.10674).
 
 Command: python -m skillsd_jax.main --config=configs/sokoban.py
-Hardware: a laptop's CPU; 14 minutes on two cores, caches empty. Success on held-out
-levels at T = 0.4, seeds 0, 1, 2: 24 → 37, 24 → 40, 23 → 56 %.
+Hardware: a laptop's CPU; 9 minutes on two cores, caches empty. Success on held-out
+levels at T = 0.4, seeds 0, 1, 2: 24 → 37, 24 → 40, 23 → 54 %.
 
 `:qwen3-4b` carries the published setting for Qwen3-4B-Instruct-2507 and takes
 --config.model.path=FOLDER. The paper reports 62.5 % success with Skill-SD, 51.6 % with
