@@ -167,8 +167,8 @@ def collect(
       places: a stage with a place for each episode at once, or a list of environments
         in this process.
       seeds: indices into the environments' split; a group repeats its seed.
-      key: source of all sampling. Each reply depends on (key, episode, turn) alone,
-        not on which other episodes share the batch.
+      key: source of all sampling. The random numbers of a reply depend on (key,
+        episode, turn) alone, not on which other episodes share the batch.
       temperature: 0 is greedy.
       hint: skill text shown to the acting policy itself. None: plain prompts.
     """
@@ -183,12 +183,12 @@ def collect(
     if hint is not None:
         hint = _that_fits(player, hint)
     waiting, finished = list(enumerate(map(int, seeds))), {}
-    cohorts = []
-    for number in range(player.cohorts):
-        places = range(wanted)[_share(wanted, player.cohorts, number)]
-        queue = waiting[_share(len(waiting), player.cohorts, number)]
+    cohorts, parts = [], min(player.cohorts, wanted)
+    for number in range(parts):
+        owned = range(wanted)[_share(wanted, parts, number)]
+        queue = waiting[_share(len(waiting), parts, number)]
         voice = player.voice(params, key, temperature, hint is not None)
-        cohort = Cohort(player, voice, world, places, queue, finished)
+        cohort = Cohort(player, voice, world, owned, queue, finished)
         cohorts.append(cohort.play(hint))
     _alternate(cohorts)
     return [finished[index] for index in range(len(seeds))]
@@ -260,7 +260,7 @@ class Cohort:
         self.player, self.voice, self.stage = player, voice, stage
         self.prompter, self.finished = player.prompter, finished
         self.queue, self.free = collections.deque(queue), list(places)
-        self.first = min(places, default=0)
+        self.first = min(places)
         self.live: dict[int, Episode] = {}
 
     def play(self, hint: Hint | None) -> Iterator[Waits]:

@@ -428,3 +428,11 @@ def test_worlds_that_know_no_bounds_end_their_own_episodes_alone(player, params)
     played = rollout.collect(player, params, made, range(6), key, TEMPERATURE)
     assert [t.ending for t in played] == ["limit", "error"] * 3
     assert [len(t.turns) for t in played] == [made[0].max_steps, 0] * 3
+
+
+def test_any_number_of_episodes_is_played_whatever_the_cohorts(player, params):
+    wide = dataclasses.replace(player, rows=3, cohorts=3)
+    assert play(wide, params, []) == []
+    expected = replies(play(player, params, SEEDS[:5]))
+    for count in (1, 2, 5):
+        assert replies(play(wide, params, SEEDS[:count])) == expected[:count]
