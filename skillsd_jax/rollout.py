@@ -99,22 +99,18 @@ class Player:
         texts = self.stop_texts
         return _stopping(self.encoder, self.model.vocab, texts) if texts else None
 
-    def _shrink(self, room: slots.Room) -> tuple[int, ...]:
-        """A CPU gains from every row it need not compute; elsewhere memory counts."""
-        on_cpu = jax.default_backend() == "cpu"
-        return room.shrink if on_cpu else room.shrink[-1:]
-
     def voice(
         self, params: qwen.Params, key: jax.Array, temperature: float, hinted: bool
     ) -> slots.Slots | slots.Fresh:
         """What answers a cohort's turns."""
-        room = slots.Room(self.cohort_rows, self.skilled_length)
+        on_cpu = jax.default_backend() == "cpu"
+        room = slots.Room(self.cohort_rows, self.skilled_length, fine=on_cpu)
         how = Decoding(
             max_new=self.prompt.max_response_length,
             stop_ids=self.stop_ids,
             top_k=self.top_k,
             top_p=self.top_p,
-            shrink=self._shrink(room) if self.keeps else (),
+            shrink=room.shrink if self.keeps else (),
         )
         speaker = slots.Voice(self.model, params, how, key, temperature, self.guide)
         if self.keeps:

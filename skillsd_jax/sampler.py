@@ -110,7 +110,7 @@ def scatter(
     state: SamplerState, index: Int[Array, "C"], part: SamplerState
 ) -> SamplerState:
     """Puts row c of `part` in the place of row index[c]; past the last row: nowhere."""
-    return _put(state, index, part)
+    return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), state, part)
 
 
 def grow(state: SamplerState, slots: int) -> SamplerState:
@@ -122,18 +122,22 @@ def extend(
     config: qwen.ModelConfig,
     params: qwen.Params,
     state: SamplerState,
-    tokens: Int[Array, "B n"],
-    length: Int[Array, "B"],
+    tokens: Int[Array, "C n"],
+    length: Int[Array, "C"],
+    rows: Int[Array, "C"] | None = None,
 ) -> SamplerState:
-    """Reads the first length[b] tokens of row b; a row with length 0 stays as it is.
+    """Reads the first length[c] tokens of row c; a row with length 0 stays as it is.
 
-    The caller sees to it that no row outgrows its slots.
+    The caller sees to it that no row outgrows its slots. `rows`: see qwen.extend.
     """
-    states, cache = qwen.extend(config, params, state.cache, tokens, length)
+    states, cache = qwen.extend(config, params, state.cache, tokens, length, rows)
     last = jnp.maximum(length - 1, 0)[:, None, None]
     states = jnp.take_along_axis(states, last, axis=1)[:, 0]
     logits = qwen.head(config, params, states)
-    logits = jnp.where(length[:, None] > 0, logits, state.logits)
+    before = state.logits if rows is None else state.logits[rows]
+    logits = jnp.where(length[:, None] > 0, logits, before)
+    if rows is not None:
+        logits = state.logits.at[rows].set(logits, mode="drop")
     return SamplerState(cache, logits)
 
 
@@ -226,11 +230,23 @@ def _decode(
     index = jnp.nonzero(speech.live, size=fewest, fill_value=rows)[0]
     few, drawn_by = jax.tree.map(lambda x: x[index], (speech, drawn_by))
     few = dataclasses.replace(few, live=few.live & (index < rows))
-    return _put(speech, index, _decode(rules, i, few, drawn_by, sizes[1:]))
+    return _merge(speech, index, _decode(rules, i, few, drawn_by, sizes[1:]))
 
 
-def _put(whole, index: Int[Array, "C"], part):
-    return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), whole, part)
+def _merge(speech: _Speech, index: Int[Array, "C"], few: _Speech) -> _Speech:
+    """The rows named by `index` as they are in `few`."""
+
+    def put(whole, part):
+        return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), whole, part)
+
+    most = speech.reply.tokens.shape[1]
+    cache = kv_cache.merge(speech.state.cache, index, few.state.cache, most)
+    return _Speech(
+        state=SamplerState(cache, put(speech.state.logits, few.state.logits)),
+        live=put(speech.live, few.live),
+        at=put(speech.at, few.at),
+        reply=put(speech.reply, few.reply),
+    )
 
 
 def _append(rules: _Rules, i, speech: _Speech, keys, limit) -> _Speech:

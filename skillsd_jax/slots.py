@@ -65,23 +65,25 @@ class Room:
     Args:
       rows: B.
       window: the most tokens of a context with its reply.
+      fine: many sizes, so that little is computed for nothing, as a CPU wants it.
+        Few of them compile faster, and copy less of the cache.
     """
 
     rows: int
     window: int
+    fine: bool = True
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Sizes the cache grows through: it doubles."""
-        return _doubling(min(FEWEST, self.window), self.window)
+        """Sizes the cache grows through: two an octave, or one."""
+        return _octaves(min(FEWEST, self.window), self.window, self.fine)
 
     @property
     def pieces(self) -> tuple[int, ...]:
         """Lengths that new tokens are padded to; what is longer takes several."""
         longest = max(SHORTEST, min(LONGEST, self.window))
-        short = (3 * SHORTEST // 2, 3 * SHORTEST)  # a turn's observation, often
-        sizes = {*_doubling(SHORTEST, longest), *(n for n in short if n < longest)}
-        return tuple(sorted(sizes))
+        sizes = _octaves(SHORTEST, longest, self.fine)
+        return sizes if self.fine else (*sizes[:-1:2], longest)
 
     @property
     def piece_rows(self) -> int:
@@ -91,9 +93,8 @@ class Room:
     @property
     def shrink(self) -> tuple[int, ...]:
         """Row counts that decoding shrinks to."""
-        return tuple(
-            n for n in (3 * self.rows // 4, self.rows // 2, self.rows // 4) if n > 3
-        )
+        parts = (3, 2, 1) if self.fine else (1,)
+        return tuple(n * self.rows // 4 for n in parts if n * self.rows // 4 > 3)
 
 
 class Heard:
@@ -290,13 +291,13 @@ class Fresh:
             )
 
 
-def _doubling(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 first, 4 first, … and `last` itself."""
+def _octaves(first: int, last: int, fine: bool) -> tuple[int, ...]:
+    """first, 2 first, 4 first, … and `last`; fine: with 1.5 times each as well."""
     sizes = []
     while first < last:
-        sizes.append(first)
+        sizes += [first, first * 3 // 2] if fine else [first]
         first *= 2
-    return (*sizes, last)
+    return (*(size for size in sizes if size < last), last)
 
 
 def _common(context: np.ndarray, known: np.ndarray) -> int:
@@ -328,11 +329,10 @@ def _leaders(asks: Sequence[Ask], known: Sequence[np.ndarray]):
 def _read(model, params, state, where):
     """Rows row[c] read ids[c] from position at[c] on."""
     ids, count, row, at = where
-    part = sampler.gather(state, row)
-    cache = dataclasses.replace(part.cache, length=at)
-    part = dataclasses.replace(part, cache=cache)
-    part = sampler.extend(model, params, part, ids, count)
-    return sampler.scatter(state, row, part)
+    length = state.cache.length.at[row].set(at, mode="drop")
+    cache = dataclasses.replace(state.cache, length=length)
+    state = dataclasses.replace(state, cache=cache)
+    return sampler.extend(model, params, state, ids, count, row)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -183,9 +183,10 @@ def test_a_context_that_leaves_no_room_is_refused():
         voice.ask([ask(0, np.ones(64 - LIMIT + 1), 0, 0)])
 
 
+@pytest.mark.parametrize("fine", [True, False])
 @pytest.mark.parametrize(("rows", "window"), [(1, 9), (3, 40), (32, 1000), (128, 300)])
-def test_rooms_of_any_size_have_buckets_that_end_at_the_window(rows, window):
-    room = slots.Room(rows, window)
+def test_rooms_of_any_size_have_buckets_that_end_at_the_window(rows, window, fine):
+    room = slots.Room(rows, window, fine)
     for sizes in (room.slots, room.pieces):
         assert list(sizes) == sorted(set(sizes))
     assert room.slots[-1] == window and room.pieces[-1] <= slots.LONGEST

@@ -43,6 +43,29 @@ def empty(
     return KVCache(layers(), layers(), jnp.zeros(rows, jnp.int32))
 
 
+def merge(cache: KVCache, index: Int[Array, "C"], part: KVCache, most: int) -> KVCache:
+    """Row index[c] takes over what row c of `part`, once its copy, has read since then.
+
+    Args:
+      index: past the last row: nowhere.
+      most: the most tokens that a row has read since; static.
+    """
+    begun = cache.length[index]
+    position = begun[:, None] + jnp.arange(most)
+    slot = jnp.where(position < part.length[:, None], position, cache.slots)
+    place = jnp.minimum(position, cache.slots - 1)[:, None, :, None]
+
+    def put(whole, x):
+        new = jnp.take_along_axis(x, place, axis=2).swapaxes(1, 2)
+        return whole.at[index[:, None], :, slot].set(new, mode="drop")
+
+    return KVCache(
+        keys=tuple(map(put, cache.keys, part.keys)),
+        values=tuple(map(put, cache.values, part.values)),
+        length=cache.length.at[index].set(part.length, mode="drop"),
+    )
+
+
 def grow(cache: KVCache, slots: int) -> KVCache:
     """The same with room for `slots` tokens a row, at least as many as before."""
     extra = ((0, 0), (0, 0), (0, slots - cache.slots), (0, 0))

@@ -264,25 +264,31 @@ def extend(
     config: ModelConfig,
     params: Params,
     cache: KVCache,
-    tokens: Int[Array, "B n"],
-    length: Int[Array, "B"],
-) -> tuple[Float[Array, "B n D"], KVCache]:
-    """Reads up to n more tokens per row; row b reads its first length[b].
+    tokens: Int[Array, "C n"],
+    length: Int[Array, "C"],
+    rows: Int[Array, "C"] | None = None,
+) -> tuple[Float[Array, "C n D"], KVCache]:
+    """Reads up to n more tokens per row; row c reads its first length[c].
 
-    Row b writes them at positions cache.length[b] …; a row with length 0 is left as it
+    Row c writes them at positions cache.length[c] …; a row with length 0 is left as it
     is. Positions beyond the cache's slots are lost, so the caller sees to it that
     cache.length + length ≤ cache.slots.
 
+    Args:
+      rows: the rows of the cache that read; none twice, and past the last: nowhere.
+        None: all of them.
+
     Returns:
-      The hidden states after the final norm, rubbish at ≥ length[b], and the cache.
+      The hidden states after the final norm, rubbish at ≥ length[c], and the cache.
     """
     new = jnp.arange(tokens.shape[1])
-    position = cache.length[:, None] + new
+    begun = cache.length if rows is None else cache.length[rows]
+    position = begun[:, None] + new
     rotation = _rotation(config, position)
     slots = jnp.arange(cache.slots)
     allowed = attention.visible(position, slots, None)
     near = attention.visible(position, slots, config.window)
-    row = jnp.arange(tokens.shape[0])[:, None]
+    row = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
     slot = jnp.where(new < length[:, None], position, cache.slots)  # beyond: dropped
 
     def written(memory, x):
@@ -294,10 +300,12 @@ def extend(
         q, k, v = block.project(x, rotation)
         keys.append(written(cache.keys[n], k))
         values.append(written(cache.values[n], v))
-        k, v = keys[n].astype(q.dtype), values[n].astype(q.dtype)
+        k, v = (x if rows is None else x[rows] for x in (keys[n], values[n]))
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
         seen = near if n in (config.window_layers or ()) else allowed
         x = block.finish(x, attention.cached(q, k, v, seen))
-    cache = KVCache(tuple(keys), tuple(values), cache.length + length)
+    total = cache.length.at[row[:, 0]].add(length, mode="drop")
+    cache = KVCache(tuple(keys), tuple(values), total)
     return _rms_norm(config, x, params["norm"]), cache
 
 
