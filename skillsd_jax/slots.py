@@ -241,8 +241,7 @@ class Slots:
 class Fresh:
     """Rows that read their whole context every turn and keep nothing.
 
-    Where prompts are short and share little this is the faster one: nothing is moved,
-    and few shapes are compiled.
+    Nothing is moved, and few shapes are compiled.
 
     Args:
       voice: who speaks.
