@@ -25,12 +25,10 @@ POINTS = flags.DEFINE_integer("points", 4, "panels played per schedule")
 
 def curve(config: Config, made: agent.Recording) -> Iterator[dict]:
     """Plays the validation panel `points` times along one schedule."""
-    environments = rollout.environments(
-        config.environment, "validation", config.rollout.rows
-    )
+    stage = rollout.open_stage(config.environment, "validation", config.rollout.rows)
     player = rollout.Player(made.model, made.words, config.prompt, config.rollout.rows)
     setting = config.evaluate
-    panel = evaluate.make_panel(environments[0], "validation", setting.tasks)
+    panel = evaluate.make_panel(stage.local, "validation", setting.tasks)
     key = jax.random.key(config.seed)
     start = qwen.init(made.model, key)
     every = max(1, config.imitate.steps // imitate.STEPS_PER_CALL // POINTS.value)
@@ -41,7 +39,7 @@ def curve(config: Config, made: agent.Recording) -> Iterator[dict]:
         result = evaluate.evaluate(
             player,
             params,
-            environments,
+            stage,
             panel,
             key,
             setting.temperature,

@@ -66,7 +66,14 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
         model = adapted(config.model, model)
         key = jax.random.fold_in(jax.random.key(config.seed), ADAPTERS)
         params = lora.attach(model.lora, params, key)
-    player = rollout.Player(model, words, config.prompt, config.rollout.rows)
+    player = rollout.Player(
+        model,
+        words,
+        config.prompt,
+        config.rollout.rows,
+        config.rollout.cohorts,
+        config.rollout.reuse_prefix,
+    )
     return Agent(player, params, record)
 
 
@@ -219,7 +226,7 @@ def _embedded(
 ):
     """A warm start, in its own vocabulary or in that of the seed `words_of`."""
     chosen = getattr(config.environment, config.environment.name)
-    (environment,) = rollout.environments(config.environment, "train")
+    environment = rollout.environment(config.environment, "train")
     environment.close()
     key = artifacts.content_hash(
         config.environment.name,
@@ -275,7 +282,7 @@ def record(
 ) -> Recording:
     """Plays the demonstrations and packs them, in a vocabulary of their own if `words`
     is None."""
-    (environment,) = rollout.environments(config.environment, "train")
+    environment = rollout.environment(config.environment, "train")
     say(f"warm start: playing {config.imitate.episodes} demonstrations")
     made = imitate.demonstrations(environment, config.imitate, config.seed)
     episodes = list(made)

@@ -45,6 +45,10 @@ class Environment:
     name: str = "household"  # household, sokoban, alfworld
     train_tasks: int = 128  # RL draws its tasks from that many
     require_think: bool = False  # a reply without <think>…</think> is invalid
+    workers: str = "inline"  # what steps them: inline, threads, processes
+    worker_count: int = 2  # threads or processes
+    timeout_s: float = 60.0  # of one reset or step; inline has no limit
+    max_observation: int = 20_000  # characters of one text that is kept
     household: Household = field(default_factory=Household)
     sokoban: Sokoban = field(default_factory=Sokoban)
     alfworld: Alfworld = field(default_factory=Alfworld)
@@ -84,6 +88,8 @@ class Prompt:
     system: str = ""  # system message; "": the chat template's own, if it has one
     style: str = "plain"  # 'plain' (instruction, observation) or 'agent' (told how)
     admissible: bool = False  # list the admissible commands
+    stop_tokens: str = ""  # comma-separated control tokens that end a reply as well
+    stop_texts: str = ""  # comma-separated; a reply ends where it says one of them
     thinking: bool = True  # False: replies begin with an empty thought, as Qwen3's do
     max_prompt_length: int = 48  # student's context without the last reply
     max_response_length: int = 8  # one reply, stop token included
@@ -97,7 +103,11 @@ class Rollout:
     group_size: int = 8  # episodes per task
     temperature: float = 1.0
     rows: int = 128  # episodes played at once
+    cohorts: int = 1  # parts of the rows: one's environments step while another speaks
+    reuse_prefix: bool = False  # windowed: keep on the device what two turns share
     draws: int = 1  # > 1: draw again up to so often for groups of equal rewards
+    old_logprobs: str = "sampled"  # or 'recomputed' by the scorer before the update
+    correction_cap: float = 0.0  # of the weights π_scorer / π_sampler; 0: off
 
 
 @dataclasses.dataclass
@@ -197,6 +207,8 @@ class Evaluate:
     tasks: int = 256  # test panel
     samples: int = 1  # episodes per task at `temperature`
     temperature: float = 0.4
+    top_k: int = 0  # only so many of the likeliest words are drawn; 0: all
+    top_p: float = 1.0  # only the likeliest words that together reach it; 1: all
     greedy: bool = True  # also T = 0, before and after
     teacher_tasks: int = 128  # panel of the teacher
     split: str = "test"  # panel of before and after; 'validation' to choose settings

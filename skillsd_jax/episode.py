@@ -4,37 +4,44 @@ import dataclasses
 from collections.abc import Callable
 
 from skillsd_jax.environments import base
+from skillsd_jax.environments.stage import Outcome
 from skillsd_jax.trajectory import Segment, Task, Trajectory, Turn
-
-# What an environment may raise without taking the run down with it.
-ENVIRONMENT_FAULTS = (
-    *(RuntimeError, ValueError, LookupError, OSError, TypeError),
-    *(AttributeError, AssertionError, ArithmeticError),
-)
 
 
 @dataclasses.dataclass
 class Episode:
-    """An episode in progress."""
+    """An episode in progress.
+
+    Args:
+      index: its number among the episodes that are asked for.
+      slot: its place on the stage and on the device.
+      task, step: what is to be done, and what the environment said last.
+      max_steps: turns after which the environment ends it.
+      hint: skill text in the player's own prompt, if any.
+    """
 
     index: int
-    environment: base.Environment
+    slot: int
     task: Task
     step: base.TimeStep
-    hint: str | None = None  # skill text in the player's own prompt, if any
+    max_steps: int
+    hint: str | None = None
     turns: list[Turn] = dataclasses.field(default_factory=list)
     contexts: list[list[Segment]] = dataclasses.field(default_factory=list)
     cut: int = 0
     ending: str = ""
 
-    def take(self, reply: str) -> None:
-        """Plays one reply and records the turn."""
+    def take(self, reply: str, outcome: Outcome, stopped: bool = True) -> None:
+        """Records one turn.
+
+        Args:
+          reply: what the agent said.
+          outcome: what the environment made of it.
+          stopped: the reply came to its end by itself.
+        """
         before = self.step
-        try:
-            self.step = self.environment.step(reply)
-        except ENVIRONMENT_FAULTS as fault:
-            self.step = _faulty(fault, before.observation)
-            self.ending = "error"
+        self.step = _step(outcome, before.observation)
+        self.ending = outcome.fault
         after = self.step
         self.turns.append(
             Turn(
@@ -46,12 +53,20 @@ class Episode:
                 reward=after.reward,
                 feedback=after.feedback,
                 admissible=before.admissible,
+                stopped=stopped,
             )
         )
         if after.done and not self.ending:
-            late = len(self.turns) >= self.environment.max_steps
+            late = len(self.turns) >= self.max_steps
             self.ending = "limit" if late else "failure"
             self.ending = "success" if after.success else self.ending
+        if len(self.turns) >= self.max_steps and not self.ending:
+            self.ending = "limit"  # a world that forgets to end
+
+    def fail(self, message: str) -> None:
+        """Ends the episode for what is no doing of the agent's."""
+        self.ending = "error"
+        self.step = base.TimeStep(self.step.observation, feedback=message)
 
     def finish(self) -> Trajectory:
         return Trajectory(
@@ -67,28 +82,32 @@ class Episode:
 
 def begin(
     index: int,
-    environment: base.Environment,
+    slot: int,
     seed: int,
+    outcome: Outcome,
+    max_steps: int,
     hint: Callable[[Task], str | None] | None = None,
 ) -> Episode:
-    """Resets the environment; one that breaks even here leaves an episode of no turn.
+    """An episode after its reset; one that broke even there has no turn.
 
     Args:
-      index: number of the episode in its batch.
-      environment: is reset.
-      seed: index into its split.
+      index, slot, max_steps: see Episode.
+      seed: index into the environment's split.
+      outcome: of the reset.
       hint: skill text by task for the player's own prompt.
     """
-    try:
-        step = environment.reset(seed)
-        task = environment.task()
-    except ENVIRONMENT_FAULTS as fault:
+    if outcome.fault:
         nobody = Task(environment="", seed=seed, split="", family="")
-        return Episode(index, environment, nobody, _faulty(fault), ending="error")
-    return Episode(index, environment, task, step, hint(task) if hint else None)
+        return Episode(
+            index, slot, nobody, _step(outcome, ""), max_steps, ending=outcome.fault
+        )
+    text = hint(outcome.task) if hint else None
+    return Episode(index, slot, outcome.task, outcome.step, max_steps, text)
 
 
-def _faulty(fault: BaseException, observation: str = "") -> base.TimeStep:
+def _step(outcome: Outcome, observation: str) -> base.TimeStep:
+    if not outcome.fault:
+        return outcome.step
     return base.TimeStep(
-        observation, valid=False, effective=False, feedback=repr(fault)
+        observation, valid=False, effective=False, feedback=outcome.message
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from skillsd_jax import artifacts, metrics, rollout
 from skillsd_jax.environments import base
+from skillsd_jax.environments.stage import Stage
 from skillsd_jax.trajectory import Task, Trajectory
 
 
@@ -80,7 +81,7 @@ def tally(trajectories: Sequence[Trajectory]) -> Result:
 def evaluate(
     player: rollout.Player,
     params,
-    environments: Sequence[base.Environment],
+    stage: Stage,
     panel: Panel,
     key: jax.Array,
     temperature: float,
@@ -91,7 +92,7 @@ def evaluate(
 
     Args:
       player, params: who plays.
-      environments: instances of the panel's split.
+      stage: where the panel's split is played.
       panel: what is played.
       key: of all sampling; the same key gives the same figures.
       temperature: 0 is greedy.
@@ -99,9 +100,7 @@ def evaluate(
       hint: skill text by task; only figures that say so use it.
     """
     seeds = np.repeat(np.arange(panel.size), samples)
-    return tally(
-        rollout.collect(player, params, environments, seeds, key, temperature, hint)
-    )
+    return tally(rollout.collect(player, params, stage, seeds, key, temperature, hint))
 
 
 def _interval(won: Sequence[bool]) -> dict[str, float]:

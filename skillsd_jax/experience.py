@@ -150,7 +150,8 @@ class Hints:
     """A skill of the bank for each task, chosen once: its whole group sees the same.
 
     Args:
-      bank, config, rng: see retrieval.retrieve.
+      bank, config: see retrieval.retrieve.
+      seed: of the choices; each task's is its own, in whatever order they are asked for.
       prompter: a skill that it cannot show whole is not shown.
     """
 
@@ -158,17 +159,19 @@ class Hints:
         self,
         bank: skill_bank.Bank,
         config: settings.Skills,
-        rng: np.random.Generator,
+        seed: Sequence[int],
         prompter: prompts.Prompter,
     ):
-        self._bank, self._config, self._rng = bank, config, rng
+        self._bank, self._config, self._seed = bank, config, seed
         self._prompter = prompter
         self.shown: dict[str, skill_bank.Skill | None] = {}
 
     def text(self, task: Task) -> str | None:
         """What the task's players are shown."""
         if task.key not in self.shown:
-            skill = retrieval.retrieve(self._bank, task, "", self._rng, self._config)
+            seed = [*self._seed, zlib.crc32(task.key.encode())]
+            rng = np.random.default_rng(seed)
+            skill = retrieval.retrieve(self._bank, task, "", rng, self._config)
             if skill is not None and not self._prompter.fits(summarizer.render(skill)):
                 skill = None
             self.shown[task.key] = skill
@@ -301,6 +304,7 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "endings": dict(sorted(endings.items())),
         "tokens": sum(_scored(t) for t in trajectories),
         "prompts_cut": sum(t.cut for t in trajectories),
+        "replies_cut": _mean([not turn.stopped for turn in turns]),
     }
 
 

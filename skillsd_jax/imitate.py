@@ -15,7 +15,8 @@ import optax
 
 from skillsd_jax import config as settings
 from skillsd_jax import episode, prompts, rollout
-from skillsd_jax.environments import base
+from skillsd_jax.environments import base, pool
+from skillsd_jax.environments.stage import FAULTS
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.skills import summarizer
 from skillsd_jax.skills.bank import Skill
@@ -37,9 +38,13 @@ def play(
     Raises:
       RuntimeError: the environment broke; a recording has no use for half an episode.
     """
-    played = episode.begin(0, environment, seed)
+    stage = pool.stage_of([environment])
+    (outcome,) = stage.reset([0], [seed]).result()
+    played = episode.begin(0, 0, seed, outcome, environment.max_steps)
     while not played.ending:
-        played.take(environment.demonstrate(rng, workflow, noise))
+        reply = environment.demonstrate(rng, workflow, noise)
+        (outcome,) = stage.step([0], [reply]).result()
+        played.take(reply, outcome)
     if played.ending == "error":
         raise RuntimeError(f"task {seed} broke off: {played.step.feedback}")
     return played.finish()
@@ -69,10 +74,10 @@ class Expert:
 
     def _play(self, seed: int) -> Skill | None:
         if self._environment is None:
-            (self._environment,) = rollout.environments(self._config, "train")
+            self._environment = rollout.environment(self._config, "train")
         try:
             skill = expert_skill(self._environment, seed)
-        except episode.ENVIRONMENT_FAULTS:
+        except FAULTS:
             return None
         return skill if skill.reward == 1 else None
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax import config as settings
-from skillsd_jax import optimizers
-from skillsd_jax.losses import masking, objective, schedules
+from skillsd_jax import optimizers, tokens
+from skillsd_jax.losses import masking, mismatch, objective, schedules
 from skillsd_jax.models import lora, qwen, scoring
 from skillsd_jax.tokens import TokenBatch
 
@@ -59,12 +58,16 @@ class Whole:
     """What takes a whole iteration to know, by row.
 
     Args:
+      old: log-probs of who played: the sampler's, or the scorer's of the same weights.
+      correction: of the policy gradient for who sampled; None: off.
       advantage: of each token.
       group_success: share of the group's episodes that were solved.
       teacher: its log-probs, where credits needed them: a live teacher is then the
         student as the iteration found it.
     """
 
+    old: Float[Array, "*rows R"]
+    correction: Float[Array, "*rows R"] | None
     advantage: Float[Array, "*rows R"]
     group_success: Float[Array, "*rows"]
     teacher: Float[Array, "*rows R"] | None
@@ -73,39 +76,6 @@ class Whole:
 def teacher_kind(recipe: objective.Recipe, config: settings.Teacher) -> str:
     """What the method means, else what is set, else frozen; 'none' without a teacher."""
     return (recipe.teacher or config.kind or "frozen") if recipe.shown else "none"
-
-
-def arrange(
-    batch: TokenBatch, order: np.ndarray, config: settings.Optimizer
-) -> TokenBatch:
-    """Deals rows to minibatches: [B, …] → [M, K, micro_rows, …].
-
-    Rows are dealt round-robin in `order`, so that minibatches differ by one row at
-    most; the rest of each is padding with mask 0. With `minibatch_rows` set, as many
-    minibatches are filled as rows need and the others stay empty: no update.
-
-    Args:
-      batch: numpy arrays [B, …] whose last row is padding.
-      order: permutation of the real rows, which come first.
-      config: minibatches or minibatch_rows, and micro_rows.
-    """
-    size, micro = batch.reward.shape[0], config.micro_rows
-    most = used = config.minibatches
-    if config.minibatch_rows:
-        most = -(-size // config.minibatch_rows)
-        used = max(1, round(len(order) / config.minibatch_rows))
-    share = (
-        -(-size // used)
-        if not config.minibatch_rows
-        else -(-3 * config.minibatch_rows // 2)
-    )
-    share = -(-share // micro) * micro
-    index = np.full((most, share), size - 1)
-    for m in range(used):
-        dealt = order[m::used]
-        index[m, : len(dealt)] = dealt
-    index = index.reshape(most, -1, micro)
-    return jax.tree.map(lambda x: x[index], batch)
 
 
 class Learner:
@@ -134,6 +104,7 @@ class Learner:
         self.needs_teacher = "teacher" in required
         self.needs_reference = "reference" in required
         self.measure = self.recipe.wide(config.objective)
+        self.rescores = config.rollout.old_logprobs == "recomputed"
         self._update = jax.jit(self._iteration, donate_argnums=(0,))
 
     def init(self, params: Params, external: Params | None = None) -> LearnerState:
@@ -175,7 +146,7 @@ class Learner:
 
         Args:
           state: donated.
-          batch: as `arrange` leaves it, [M, K, micro_rows, …].
+          batch: as `tokens.arrange` leaves it, [M, K, micro_rows, …].
 
         Returns:
           The next state and metrics as (Σ value·weight, Σ weight) over the batch.
@@ -187,7 +158,7 @@ class Learner:
 
         def minibatch(carry, part):
             params, moments = carry
-            gradient, sums = self._gradient(state, params, *part)
+            gradient, sums, scored = self._gradient(state, params, *part)
             filled = jnp.any(part[0].mask > 0)
             sums["grad_norm"] = (optax.global_norm(gradient), jnp.float32(filled))
             sums["minibatches"] = (jnp.float32(filled), jnp.zeros(()))
@@ -196,12 +167,14 @@ class Learner:
                 change, following = self.optimizer.update(gradient, moments, params)
                 return optax.apply_updates(params, change), following
 
-            return jax.lax.cond(filled, apply, lambda: (params, moments)), sums
+            following = jax.lax.cond(filled, apply, lambda: (params, moments))
+            return following, (sums, scored)
 
-        (params, moments), sums = jax.lax.scan(
+        (params, moments), (sums, scored) = jax.lax.scan(
             minibatch, (state.params, state.optimizer), (batch, whole)
         )
         sums = jax.tree.map(lambda x: x.sum(0), sums)
+        sums |= self._mismatch(batch, whole, scored)
         step = state.step + 1
         following = dataclasses.replace(
             state,
@@ -238,7 +211,15 @@ class Learner:
 
     def _whole(self, state: LearnerState, batch: TokenBatch) -> Whole:
         """Advantages need the whole iteration, before it is split."""
-        teacher = self._taught(state, batch) if self.recipe.credits else None
+        teacher, old, correction = None, batch.old, None
+        if self.recipe.credits:
+            teacher = tokens.by_micro_batch(
+                batch, lambda part: self._taught(state, state.params, part)[0]
+            )
+        if self.rescores:
+            old = tokens.by_micro_batch(batch, functools.partial(self._rescored, state))
+        if cap := self.config.rollout.correction_cap:
+            correction = mismatch.correction(old, batch.old, cap)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), batch)
         shape = batch.mask.shape
         episodes = objective.Episodes(
@@ -251,29 +232,40 @@ class Learner:
             anchor=flat.anchor,
             returns=flat.returns,
             mask=flat.mask,
-            old=flat.old,
+            old=old.reshape(flat.mask.shape),
             teacher=None if teacher is None else teacher.reshape(flat.mask.shape),
             step=state.step,
         )
         setting = self.config.objective
         advantage = self.recipe.advantage(episodes, setting, state.plateau.stalled)
         solved = episodes.mean_of_group(flat.success)[:, 0]
-        return Whole(advantage.reshape(shape), solved.reshape(shape[:-1]), teacher)
+        return Whole(
+            old=old,
+            correction=correction,
+            advantage=advantage.reshape(shape),
+            group_success=solved.reshape(shape[:-1]),
+            teacher=teacher,
+        )
 
-    def _taught(
-        self, state: LearnerState, batch: TokenBatch
-    ) -> Float[Array, "M K b R"]:
-        """The teacher's log-probs of a whole iteration; padding is passed over."""
+    def _mismatch(self, batch: TokenBatch, whole: Whole, scored) -> mismatch.Figures:
+        """How the sampler differs from the scorer, and what that is corrected by.
 
-        def one(part):
-            filled = jnp.any(part.mask > 0)
-            return jax.lax.cond(
-                filled,
-                lambda: self._scored_by_teacher(state, state.params, part)[0],
-                lambda: jnp.zeros_like(part.mask),
-            )
-
-        return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
+        Args:
+          scored: by the student, [M K b R], each minibatch by the weights it met: those
+            of the first are the ones that played.
+        """
+        mask = batch.mask
+        if self.recipe.data != "rollouts":
+            return {}  # nobody sampled
+        if self.recipe.shown == "rescued":  # those were sampled in the other view
+            mask = mask * (1 - batch.skilled[..., None])
+        if not self.rescores:
+            return mismatch.agreement(scored[0], batch.old[0], mask[0])
+        figures = mismatch.agreement(whole.old, batch.old, mask)
+        if whole.correction is not None:
+            cap = self.config.rollout.correction_cap
+            figures |= mismatch.corrected(whole.correction, mask, cap)
+        return figures
 
     def _gradient(self, state: LearnerState, params, batch: TokenBatch, whole):
         """Gradient of one minibatch, micro-batch by micro-batch.
@@ -295,7 +287,9 @@ class Learner:
 
         def micro(k):
             part, share = jax.tree.map(lambda x: x[k], (batch, whole))
-            return jax.grad(loss, has_aux=True)(params, part, share)
+            found, (sums, scored) = jax.grad(loss, has_aux=True)(params, part, share)
+            # All else is added up: what stands row by row is added to zeros.
+            return found, sums, jnp.zeros_like(mask).at[k].set(scored)
 
         shapes = jax.eval_shape(micro, 0)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -321,7 +315,7 @@ class Learner:
         total = sum(parts.values())
         # Micro-batches add up to their minibatch's loss; `means` averages those.
         sums |= {f"loss_{k}": (v, jnp.zeros(())) for k, v in parts.items()}
-        return total, jax.lax.stop_gradient(sums)
+        return total, jax.lax.stop_gradient((sums, signals.student))
 
     def _signals(self, state: LearnerState, params, batch: TokenBatch, whole):
         temperature, mask = self.config.rollout.temperature, batch.mask
@@ -330,7 +324,7 @@ class Learner:
         student = scoring.scores(voice, view, temperature, mask, entropy=True)
         teacher = reference = divergence = None
         if self.needs_teacher and (whole.teacher is None or self.measure is not None):
-            teacher, taught = self._scored_by_teacher(state, params, batch)
+            teacher, taught = self._taught(state, params, batch)
             if self.measure is not None:
                 divergence = scoring.divergence(
                     self.measure, voice, taught, temperature, mask
@@ -344,7 +338,8 @@ class Learner:
         return objective.Signals(
             student=student.logprob,
             teacher=teacher,
-            old=batch.old,
+            old=whole.old,
+            correction=whole.correction,
             reference=reference,
             entropy=student.entropy,
             divergence=divergence,
@@ -364,7 +359,7 @@ class Learner:
             vocabulary=self.model.vocab,
         )
 
-    def _scored_by_teacher(self, state: LearnerState, params, batch: TokenBatch):
+    def _taught(self, state: LearnerState, params, batch: TokenBatch):
         """The teacher's log-probs and its voice; no gradient goes into either."""
         weights = params if state.teacher is None else state.teacher
         if self.teacher_kind != "external":
@@ -375,6 +370,12 @@ class Learner:
         temperature = self.config.rollout.temperature
         found = scoring.scores(voice, batch.teacher, temperature, batch.mask)
         return found.logprob, voice
+
+    def _rescored(self, state: LearnerState, batch: TokenBatch) -> Float[Array, "b R"]:
+        """The student's log-probs, under the weights that played."""
+        view, temperature = batch.student, self.config.rollout.temperature
+        weights = state.weights
+        return scoring.score(self.model, weights, view, temperature, batch.mask).logprob
 
 
 def means(sums: dict[str, tuple[Array, Array]]) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """The two panels of a run: the student's, and the teacher's own."""
 
+import collections
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +11,7 @@ import numpy as np
 
 from skillsd_jax import config as settings
 from skillsd_jax import evaluate, imitate, rollout
+from skillsd_jax.environments.stage import Stage
 from skillsd_jax.skills import summarizer
 from skillsd_jax.trajectory import Task
 
@@ -29,14 +33,32 @@ class Panels:
         player: rollout.Player,
         keys: Callable[[str], jax.Array],
     ):
-        self.setting, self.player, self.keys = config.evaluate, player, keys
-        setting, rows = config.evaluate, config.rollout.rows
-        self._test = rollout.environments(config.environment, setting.split, rows)
-        self._taught = rollout.environments(config.environment, "teacher", rows)
-        self.test = evaluate.make_panel(self._test[0], setting.split, setting.tasks)
-        self.taught = evaluate.make_panel(
-            self._taught[0], "teacher", setting.teacher_tasks
+        setting = config.evaluate
+        self.setting, self.keys = setting, keys
+        self.player = dataclasses.replace(
+            player, top_k=setting.top_k, top_p=setting.top_p
         )
+        self._open = functools.partial(
+            rollout.open_stage, config.environment, count=config.rollout.rows
+        )
+        self._teacher = rollout.environment(config.environment, "teacher")
+        self.taught = evaluate.make_panel(
+            self._teacher, "teacher", setting.teacher_tasks
+        )
+        self._stage = self._open(setting.split)
+        self.test = evaluate.make_panel(self._stage.local, setting.split, setting.tasks)
+        self._faults = collections.Counter()  # of stages that are closed
+
+    def close(self) -> None:
+        """Ends the workers that play the panels."""
+        self._stage.close()
+        self._teacher.close()
+
+    def faults(self) -> dict[str, int]:
+        """What went wrong in all that was played; see Stage.counts."""
+        counts = collections.Counter(self._stage.counts())
+        counts.update(self._faults)
+        return dict(counts)
 
     def describe(self) -> str:
         return (
@@ -52,7 +74,7 @@ class Panels:
         return evaluate.evaluate(
             self.player,
             params,
-            self._test,
+            self._stage,
             self.test,
             self.keys("evaluate"),
             0.0 if greedy else setting.temperature,
@@ -78,28 +100,36 @@ class Panels:
         student's own single episode, shown once and discarded.
         """
         expert = {
-            seed: summarizer.render(imitate.expert_skill(self._taught[0], seed))
+            seed: summarizer.render(imitate.expert_skill(self._teacher, seed))
             for seed in range(self.taught.size)
         }
-        plain, episodes = self._play_taught(params, None)
+        with self._open("teacher") as stage:
+            results = self._taught(params, stage, expert)
+            self._faults.update(stage.counts())
+        return results
+
+    def _taught(
+        self, params: Any, stage: Stage, expert: dict[int, str]
+    ) -> dict[str, dict[str, float]]:
+        plain, episodes = self._play(params, stage, None)
         own = {
             t.task.seed: summarizer.render(summarizer.summarize(t, 0, "own"))
             for t in episodes
             if t.turns
         }
-        taught, _ = self._play_taught(params, lambda task: expert[task.seed])
-        self_taught, _ = self._play_taught(params, lambda task: own.get(task.seed))
+        taught, _ = self._play(params, stage, lambda task: expert[task.seed])
+        self_taught, _ = self._play(params, stage, lambda task: own.get(task.seed))
         return {
             "student_on_teacher_panel": plain.record(),
             "teacher_before": taught.record(),
             "teacher_before_own_skills": self_taught.record(),
         }
 
-    def _play_taught(self, params: Any, hint: Hint | None):
+    def _play(self, params: Any, stage: Stage, hint: Hint | None):
         episodes = rollout.collect(
             self.player,
             params,
-            self._taught,
+            stage,
             np.arange(self.taught.size),
             self.keys("teacher"),
             self.setting.temperature,

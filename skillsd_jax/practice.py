@@ -9,7 +9,7 @@ import numpy as np
 
 from skillsd_jax import config as settings
 from skillsd_jax import experience, imitate, rollout
-from skillsd_jax.environments import base
+from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import Recipe
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import summarizer
@@ -53,7 +53,7 @@ class Practice:
       config: the run's settings.
       recipe: whether the student sees skills, and what it learns from.
       player: who plays.
-      environments: instances of the training split.
+      stage: where the training split is played.
       keys: sampling key of a draw.
       expert: writes the skills that failed tasks are played again with.
     """
@@ -61,7 +61,7 @@ class Practice:
     config: settings.Config
     recipe: Recipe
     player: rollout.Player
-    environments: Sequence[base.Environment]
+    stage: Stage
     keys: Keys
     expert: imitate.Expert
 
@@ -110,7 +110,7 @@ class Practice:
         again = rollout.collect(
             self.player,
             params,
-            self.environments,
+            self.stage,
             seeds,
             jax.random.fold_in(self.keys(iteration), 1),
             self.config.rollout.temperature,
@@ -136,12 +136,12 @@ class Practice:
         seeds = np.repeat(drawn, config.rollout.group_size)
         if self.recipe.data == "expert":
             return self._recorded(seeds, draw), [None] * len(seeds)
-        rng = np.random.default_rng([config.seed, draw, 3])
-        hints = experience.Hints(bank, config.skills, rng, self.player.prompter)
+        seed = [config.seed, draw, 3]
+        hints = experience.Hints(bank, config.skills, seed, self.player.prompter)
         episodes = rollout.collect(
             self.player,
             params,
-            self.environments,
+            self.stage,
             seeds,
             self.keys(draw),
             config.rollout.temperature,
@@ -152,7 +152,7 @@ class Practice:
     def _recorded(self, seeds: Sequence[int], draw: int) -> list[Trajectory]:
         """Episodes of the scripted expert, cut into the contexts a player would see."""
         rng = np.random.default_rng([self.config.seed, draw, 4])
-        prompter, environment = self.player.prompter, self.environments[0]
+        prompter, environment = self.player.prompter, self.stage.local
         return [
             imitate.recorded(prompter, imitate.play(environment, int(seed), rng))
             for seed in seeds

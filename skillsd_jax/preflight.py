@@ -6,7 +6,8 @@ from skillsd_jax import agent, learner, optimizers, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
-from skillsd_jax.models import attention, huggingface, qwen, shapes
+from skillsd_jax.losses.objective.terms import policy
+from skillsd_jax.models import attention, huggingface, qwen, shapes, tokenizer
 from skillsd_jax.skills import retrieval
 from skillsd_jax.validation import Refused, validate
 
@@ -45,6 +46,10 @@ def _check_method(config: settings.Config) -> None:
         wrong = f"teacher.kind={config.teacher.kind!r}: its is {method.teacher}"
     if config.rollout.draws > 1 and not method.rewarded:
         wrong = "rollout.draws: equal rewards are no reason to drop a group"
+    if config.rollout.correction_cap and policy not in method.terms:
+        wrong = "rollout.correction_cap: it has no policy gradient to correct"
+    if config.rollout.old_logprobs == "recomputed" and method.data != "rollouts":
+        wrong = "rollout.old_logprobs=recomputed: nobody sampled its episodes"
     if wrong:
         name = config.objective.name
         raise Refused(f"objective.name={name} does not take {wrong}")
@@ -77,7 +82,12 @@ def _probe(config: settings.Config) -> None:
         if config.teacher.path:
             networks.append(huggingface.check(config.teacher.path))
             agent.check_words(config)
-        (environment,) = rollout.environments(config.environment, "train")
+        if config.model.path:
+            words = tokenizer.load(config.model.path)
+            # Reads what ends a reply: a name the tokenizer has not is refused here.
+            player = rollout.Player(networks[0], words, config.prompt, rows=1)
+            _ = player.stop_ids, player.guide
+        environment = rollout.environment(config.environment, "train")
         environment.reset(0)
     except (ImportError, ValueError, OSError) as fault:
         raise Refused(str(fault)) from fault

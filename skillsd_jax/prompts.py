@@ -49,6 +49,14 @@ class Encoder(Protocol):
         """The stop token and a newline."""
         ...
 
+    def control_id(self, token: str) -> int:
+        """The id of a control token; ValueError if there is none of that name."""
+        ...
+
+    def pieces(self, count: int) -> Sequence[bytes]:
+        """What each of the ids 0 … count − 1 adds to the text."""
+        ...
+
 
 class Observed(Protocol):
     """What a prompt shows of an environment's time step."""
@@ -88,6 +96,10 @@ STYLES = {
         admissible="\nCommands that would work now: {commands}",
     ),
 }
+
+
+class NoRoom(ValueError):
+    """An instruction that leaves no room for an observation."""
 
 
 class Prompter:
@@ -132,7 +144,8 @@ class Prompter:
           (earlier turns, the observation) were cut.
 
         Raises:
-          ValueError: the instruction leaves no room, or the skill does not fit.
+          NoRoom: the instruction leaves no room.
+          ValueError: the skill does not fit.
         """
         plain, cut = self._plain(task, step, history)
         if skill_text is None:
@@ -257,7 +270,7 @@ class Prompter:
         fixed = sum(len(segment.tokens) for segment in head) + len(ending)
         room = self.config.max_prompt_length - fixed
         if room < 1:
-            raise ValueError(
+            raise NoRoom(
                 f"the instruction of {task.key} and its frame take {fixed} tokens and "
                 f"leave no room for an observation; raise prompt.max_prompt_length="
                 f"{self.config.max_prompt_length}"

@@ -1,19 +1,27 @@
 """Plays many episodes at once: environments on the host, the sampler on the device."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from skillsd_jax import config as settings
-from skillsd_jax import prompts, sampler, tokens
-from skillsd_jax.environments import ENVIRONMENTS, base
+from skillsd_jax import prompts, slots
+from skillsd_jax.environments import base, pool
+from skillsd_jax.environments.stage import Maker, Pending, Stage
 from skillsd_jax.episode import Episode, begin
-from skillsd_jax.models import qwen
+from skillsd_jax.models import automaton, qwen
+from skillsd_jax.sampler import Decoding
 from skillsd_jax.trajectory import Segment, Task, Trajectory
+
+Hint = Callable[[Task], str | None]
+Waits = slots.Heard | Pending
+
+GLANCE_S = 2e-4  # between looks at what several cohorts wait for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +33,20 @@ class Player:
       encoder: text to ids and back.
       prompt: how an episode is shown; lengths are the shapes that get compiled.
       rows: episodes on the device at once; smaller batches use rows/2, rows/4, …
+      cohorts: parts of the rows that take turns: while one is on the device, the
+        environments of the others step.
+      reuse: windowed prompts too keep what two turns share on the device.
+      top_k, top_p: see sampler.Decoding; 0 and 1: every word may be drawn.
     """
 
     model: qwen.ModelConfig
     encoder: prompts.Encoder
     prompt: settings.Prompt
     rows: int
+    cohorts: int = 1
+    reuse: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
 
     @property
     def prompter(self) -> prompts.Prompter:
@@ -55,86 +71,146 @@ class Player:
         return self.prompt.max_response_length * (turns if whole else 1)
 
     @property
-    def row_buckets(self) -> tuple[int, ...]:
-        return tuple(sorted({max(1, self.rows // n) for n in (1, 2, 4, 8)}))
-
-    def window(self, hinted: bool) -> int:
-        """Tokens a whole history may hold; a player shown a skill has room for it."""
-        prompt = self.prompt
-        return prompt.max_length + hinted * prompt.max_skill_length
+    def cohort_rows(self) -> int:
+        return -(-self.rows // self.cohorts)
 
     @property
-    def turn_buckets(self) -> tuple[int, ...]:
-        """Whole history: lengths a turn's new tokens are padded to."""
-        prompt = self.prompt
-        longest = prompt.max_prompt_length + prompt.max_skill_length
-        return tuple(sorted({max(8, longest // 4), longest}))
+    def keeps(self) -> bool:
+        """Whether rows keep what they have read between turns."""
+        return self.prompt.context == "whole" or self.reuse
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token that ends a turn, and those of `prompt.stop_tokens`.
+
+        Raises:
+          ValueError: the tokenizer has no such token.
+        """
+        names = filter(None, self.prompt.stop_tokens.split(","))
+        return (self.encoder.stop_id, *map(self.encoder.control_id, names))
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.prompt.stop_texts.split(",")))
+
+    @property
+    def guide(self) -> automaton.Automaton | None:
+        """Ends a reply where it says one of `prompt.stop_texts`."""
+        texts = self.stop_texts
+        return _stopping(self.encoder, self.model.vocab, texts) if texts else None
+
+    def voice(
+        self, params: qwen.Params, key: jax.Array, temperature: float, hinted: bool
+    ) -> slots.Slots | slots.Fresh:
+        """What answers a cohort's turns."""
+        on_cpu = jax.default_backend() == "cpu"
+        room = slots.Room(self.cohort_rows, self.skilled_length, fine=on_cpu)
+        how = Decoding(
+            max_new=self.prompt.max_response_length,
+            stop_ids=self.stop_ids,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            shrink=room.shrink if self.keeps else (),
+        )
+        speaker = slots.Voice(self.model, params, how, key, temperature, self.guide)
+        if self.keeps:
+            return slots.Slots(speaker, room)
+        rows = sorted({max(1, self.cohort_rows // n) for n in (1, 2, 4, 8)})
+        length = self.prompt.max_prompt_length + hinted * self.prompt.max_skill_length
+        return slots.Fresh(speaker, rows, length)
 
 
-def environments(
-    config: settings.Environment, split: str, count: int = 1
-) -> list[base.Environment]:
-    """Instances of the configured environment.
+@functools.lru_cache(maxsize=4)
+def _stopping(encoder, vocab: int, texts: tuple[str, ...]) -> automaton.Automaton:
+    return jax.device_put(automaton.stopping(encoder.pieces(vocab), texts))
+
+
+def environment(config: settings.Environment, split: str) -> base.Environment:
+    """One instance of the configured environment, in this process.
 
     Raises:
       ImportError: its engine is missing; names the pip extra.
     """
-    options = dataclasses.asdict(getattr(config, config.name))
-    make = ENVIRONMENTS[config.name]
-    return [
-        make(split=split, require_think=config.require_think, **options)
-        for _ in range(count)
-    ]
+    return Maker.of(config, split)()
+
+
+def open_stage(config: settings.Environment, split: str, count: int) -> Stage:
+    """Places for `count` episodes of it at once, in workers if the config says so.
+
+    Raises:
+      ImportError: its engine is missing; names the pip extra.
+    """
+    return pool.open_stage(Maker.of(config, split), count, config)
 
 
 def collect(
     player: Player,
-    params,
-    environments: Sequence[base.Environment],
+    params: qwen.Params,
+    places: Stage | Sequence[base.Environment],
     seeds: Sequence[int],
     key: jax.Array,
     temperature: float,
-    hint: Callable[[Task], str | None] | None = None,
+    hint: Hint | None = None,
 ) -> list[Trajectory]:
     """Plays one episode per seed and returns the trajectories in that order.
+
+    A finished episode's place goes to the next seed of its cohort. What is played, and
+    in which place, does not depend on how long anything takes.
 
     Args:
       player: static settings.
       params: weights of the acting policy.
-      environments: at least `player.rows` instances; reused.
+      places: a stage with a place for each episode at once, or a list of environments
+        in this process.
       seeds: indices into the environments' split; a group repeats its seed.
-      key: source of all sampling. Each reply depends on (key, episode, turn) alone,
-        not on which other episodes share the batch.
+      key: source of all sampling. The random numbers of a reply depend on (key,
+        episode, turn) alone, not on which other episodes share the batch.
       temperature: 0 is greedy.
       hint: skill text shown to the acting policy itself. None: plain prompts.
     """
+    world = places if isinstance(places, Stage) else pool.stage_of(places)
     wanted = min(player.rows, len(seeds))
-    if len(environments) < wanted:
+    if world.count < wanted:
         raise ValueError(
-            f"{len(environments)} environments for {wanted} episodes at once; "
+            f"{world.count} environments for {wanted} episodes at once; "
             f"make as many as player.rows={player.rows}"
         )
+    params = _apart(player.model, params)
     if hint is not None:
         hint = _that_fits(player, hint)
-    context = _Whole if player.prompt.context == "whole" else _Windowed
-    finished: list[Trajectory] = []
-    for first in range(0, len(seeds), player.rows):
-        chunk = seeds[first : first + player.rows]
-        episodes = [
-            begin(first + offset, environment, int(seed), hint)
-            for offset, (seed, environment) in enumerate(zip(chunk, environments))
-        ]
-        ask = context(player, params, key, temperature)
-        live = [episode for episode in episodes if not episode.ending]
-        while live:
-            for episode, reply in zip(live, ask(live)):
-                episode.take(reply)
-            live = [episode for episode in live if not episode.ending]
-        finished += [episode.finish() for episode in episodes]
-    return finished
+    waiting, finished = list(enumerate(map(int, seeds))), {}
+    cohorts, parts = [], min(player.cohorts, wanted)
+    for number in range(parts):
+        owned = range(wanted)[_share(wanted, parts, number)]
+        queue = waiting[_share(len(waiting), parts, number)]
+        voice = player.voice(params, key, temperature, hint is not None)
+        cohort = Cohort(player, voice, world, owned, queue, finished)
+        cohorts.append(cohort.play(hint))
+    _alternate(cohorts)
+    return [finished[index] for index in range(len(seeds))]
 
 
-def _that_fits(player: Player, hint: Callable[[Task], str | None]):
+def _share(count: int, parts: int, number: int) -> slice:
+    """The part of `count` things that is as large as the others, or one smaller."""
+    return slice(-(-count * number // parts), -(-count * (number + 1) // parts))
+
+
+def _alternate(cohorts: Sequence[Iterator[Waits]]) -> None:
+    """Goes on with a cohort as soon as what it waits for is there, until all end."""
+    running = [(cohort, next(cohort, None)) for cohort in cohorts]
+    while running := [pair for pair in running if pair[1] is not None]:
+        ready = [i for i, (_, what) in enumerate(running) if what.ready()]
+        if not ready and len(running) > 1:
+            time.sleep(GLANCE_S)
+            continue
+        cohort, _ = running.pop(ready[0] if ready else 0)
+        running.append((cohort, next(cohort, None)))
+
+
+_apart = jax.jit(qwen.unstack, static_argnums=0)
+
+
+def _that_fits(player: Player, hint: Hint) -> Hint:
     """The same hints, without those that cannot be shown whole."""
 
     def fitting(task: Task) -> str | None:
@@ -144,215 +220,144 @@ def _that_fits(player: Player, hint: Callable[[Task], str | None]):
     return fitting
 
 
-def warm_up(player: Player, params, hinted: bool = False) -> None:
+def warm_up(player: Player, params: qwen.Params, hinted: bool = False) -> None:
     """Compiles every shape that rollouts may use, so that none is met later.
 
     Args:
       player, params: who plays.
       hinted: prompts with a skill too.
     """
-    longest = player.prompt.max_prompt_length
-    lengths = [longest, longest + player.prompt.max_skill_length][: 1 + hinted]
-    for rows in player.row_buckets:
-        keyed = (jax.random.key(0), *np.full((2, rows), -1, np.int32))
-        if player.prompt.context == "windowed":
-            for length in lengths:
-                _fresh(player, params, _ragged([], rows, length), keyed, 1.0)
-            continue
-        for length in player.turn_buckets:
-            state = sampler.start(player.model, rows, player.window(hinted=True))
-            prompt = (*_ragged([], rows, length), np.zeros(rows, bool))
-            state, _ = _kept(player, params, state, prompt, keyed, 1.0)
-        for fewer in player.row_buckets:
-            if fewer <= rows:
-                _gather(state, np.zeros(fewer, np.int32))
+    params = _apart(player.model, params)
+    for shown in (False, True)[: 1 + (hinted and not player.keeps)]:
+        player.voice(params, jax.random.key(0), 1.0, shown).warm_up()
 
 
-class _Windowed:
-    """A fresh prompt every turn; nothing is kept on the device between turns."""
+class Cohort:
+    """Episodes that take their turns together.
 
-    def __init__(self, player: Player, params, key, temperature: float):
-        self.player, self.params = player, params
-        self.key, self.temperature = key, temperature
-
-    def __call__(self, live: Sequence[Episode]) -> list[str]:
-        player, prompter = self.player, self.player.prompter
-        contexts = []
-        for episode in live:
-            segments, cut = prompter.opening(
-                episode.task, episode.step, episode.turns, episode.hint
-            )
-            episode.cut += cut
-            contexts.append(list(segments))
-        length = player.prompt.max_prompt_length
-        if any(episode.hint is not None for episode in live):
-            length += player.prompt.max_skill_length
-        rows = tokens.bucket(len(live), player.row_buckets)
-        ids, lengths = _ragged([_ids(c) for c in contexts], rows, length)
-        keyed = _keyed(self.key, live, rows)
-        reply = _fresh(player, self.params, (ids, lengths), keyed, self.temperature)
-        return _record(player, live, contexts, reply)
-
-
-class _Whole:
-    """One growing context per episode; the cache is kept, a turn adds its new tokens.
-
-    A context that would outgrow the window is closed and a new one is opened from the
-    present observation, which is counted as a cut.
+    Args:
+      player: static settings.
+      voice: speaks for them.
+      stage: where their environments are.
+      places: which of its places are theirs.
+      queue: (episode, seed) of those that wait for a place.
+      finished: gets what is over, by episode.
     """
 
-    def __init__(self, player: Player, params, key, temperature: float):
-        self.player, self.params = player, params
-        self.key, self.temperature = key, temperature
-        self.state, self.slots = None, ()
+    def __init__(
+        self,
+        player: Player,
+        voice: slots.Slots | slots.Fresh,
+        stage: Stage,
+        places: Sequence[int],
+        queue: Sequence[tuple[int, int]],
+        finished: dict[int, Trajectory],
+    ):
+        self.player, self.voice, self.stage = player, voice, stage
+        self.prompter, self.finished = player.prompter, finished
+        self.queue, self.free = collections.deque(queue), list(places)
+        self.first = min(places)
+        self.live: dict[int, Episode] = {}
 
-    def __call__(self, live: Sequence[Episode]) -> list[str]:
-        player, prompter = self.player, self.player.prompter
-        reserve = player.prompt.max_response_length
-        fresh, new = [], []
-        for episode in live:
-            start = not episode.contexts
-            if not start:
-                context = episode.contexts[-1]
-                stopped = context[-1].tokens[-1] == player.encoder.stop_id
-                segment = prompter.following(episode.step, stopped)
-                total = len(_ids(context)) + len(segment.tokens)
-                hinted = episode.hint is not None
-                start = total + reserve > player.window(hinted)
-                start |= len(segment.tokens) >= player.turn_buckets[-1]
-                episode.cut += int(start)
-            if start:
-                segments, cut = prompter.opening(
-                    episode.task, episode.step, (), episode.hint
-                )
-                episode.cut += cut
-                episode.contexts.append(list(segments))
-                new.append(_ids(segments))
-            else:
-                context.append(segment)
-                # The last sampled token is not in the cache yet.
-                new.append(np.append(context[-2].tokens[-1:], segment.tokens))
-            fresh.append(start)
-        rows = self._place(live)
-        widest = tokens.bucket(max(map(len, new)), player.turn_buckets)
-        ids, lengths = _ragged(new, rows, widest)
-        restart = np.zeros(rows, bool)
-        restart[: len(live)] = fresh
-        prompt, keyed = (ids, lengths, restart), _keyed(self.key, live, rows)
-        self.state, reply = _kept(
-            player, self.params, self.state, prompt, keyed, self.temperature
+    def play(self, hint: Hint | None) -> Iterator[Waits]:
+        """Plays until nothing waits; yields what the device or a world is at work on."""
+        while self.live or self.queue:
+            taken = self._free_places()
+            if taken:
+                places, _, seeds = zip(*taken)
+                resetting = self.stage.reset(places, seeds)
+                yield resetting
+                for each, outcome in zip(taken, resetting.result()):
+                    self._begin(*each, outcome, hint)
+            asked = self._contexts()
+            if not asked:
+                continue
+            heard = self.voice.ask([self._ask(*pair) for pair in asked])
+            yield heard
+            said = [
+                self._record(*pair, *reply)
+                for pair, reply in zip(asked, heard.result())
+            ]
+            live = [episode for episode, _ in asked]
+            stepping = self.stage.step([e.slot for e in live], [t for t, _ in said])
+            yield stepping
+            for episode, (text, stopped), outcome in zip(live, said, stepping.result()):
+                episode.take(text, outcome, stopped)
+                self._over_if_ended(episode)
+
+    def _free_places(self) -> list[tuple[int, int, int]]:
+        """(place, episode, seed) of those whose turn it is to begin."""
+        places = sorted(self.free)[: len(self.queue)]
+        self.free = [place for place in self.free if place not in places]
+        return [(place, *self.queue.popleft()) for place in places]
+
+    def _begin(self, place: int, index: int, seed: int, outcome, hint) -> None:
+        episode = begin(index, place, seed, outcome, self.stage.max_steps, hint)
+        self.live[place] = episode
+        self._over_if_ended(episode)
+
+    def _over_if_ended(self, episode: Episode) -> None:
+        if episode.ending:
+            del self.live[episode.slot]
+            self.free.append(episode.slot)
+            self.finished[episode.index] = episode.finish()
+
+    def _contexts(self) -> list[tuple[Episode, list[Segment]]]:
+        """Who speaks next, and what each is to have read.
+
+        An instruction that leaves no room is a fault of the environment.
+        """
+        asked = []
+        for place in sorted(self.live):
+            episode = self.live[place]
+            try:
+                asked.append((episode, self._context(episode)))
+            except prompts.NoRoom as fault:
+                episode.fail(str(fault))
+                self._over_if_ended(episode)
+        return asked
+
+    def _context(self, episode: Episode) -> list[Segment]:
+        if self.player.prompt.context == "whole" and episode.contexts:
+            context = episode.contexts[-1]
+            stopped = context[-1].tokens[-1] == self.player.encoder.stop_id
+            segment = self.prompter.following(episode.step, stopped)
+            total = len(_ids(context)) + len(segment.tokens)
+            window = self.player.prompt.max_length
+            if episode.hint is not None:
+                window += self.player.prompt.max_skill_length
+            if total + self.player.prompt.max_response_length <= window:
+                return [*episode.contexts.pop(), segment]
+            # A history that would outgrow the window is closed, a new one opened.
+            episode.cut += 1
+        history = () if self.player.prompt.context == "whole" else episode.turns
+        segments, cut = self.prompter.opening(
+            episode.task, episode.step, history, episode.hint
         )
-        contexts = [episode.contexts.pop() for episode in live]
-        return _record(player, live, contexts, reply)
+        episode.cut += cut
+        return list(segments)
 
-    def _place(self, live: Sequence[Episode]) -> int:
-        """Moves the live episodes' cache rows together; returns the row bucket."""
-        rows = tokens.bucket(len(live), self.player.row_buckets)
-        slots = tuple(episode.index for episode in live)
-        if self.state is None:
-            window = self.player.window(hinted=True)
-            self.state = sampler.start(self.player.model, rows, window)
-        elif slots != self.slots:
-            where = {index: slot for slot, index in enumerate(self.slots)}
-            index = np.zeros(rows, np.int32)
-            index[: len(slots)] = [where[slot] for slot in slots]
-            self.state = _gather(self.state, index)
-        self.slots = slots
-        return rows
+    def _ask(self, episode: Episode, context: list[Segment]) -> slots.Ask:
+        return slots.Ask(
+            slot=episode.slot - self.first,
+            context=_ids(context),
+            episode=episode.index,
+            turn=len(episode.turns),
+            limit=self.player.prompt.max_response_length,
+        )
 
-
-_gather = jax.jit(sampler.gather)
-
-
-def _fresh(player: Player, params, prompt, keyed, temperature: float):
-    return _fresh_turn(
-        player.model,
-        player.prompt.max_response_length,
-        player.encoder.stop_id,
-        params,
-        prompt,
-        keyed,
-        np.float32(temperature),
-    )
-
-
-def _kept(player: Player, params, state, prompt, keyed, temperature: float):
-    return _kept_turn(
-        player.model,
-        player.prompt.max_response_length,
-        player.encoder.stop_id,
-        params,
-        state,
-        prompt,
-        keyed,
-        np.float32(temperature),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _fresh_turn(model, max_new, stop_id, params, prompt, keyed, temperature):
-    """Prefill and decode of rows that share nothing with the turn before."""
-    ids, lengths = prompt
-    keys, live = _row_keys(*keyed)
-    state = sampler.start(model, ids.shape[0], ids.shape[1] + max_new)
-    state = sampler.extend(model, params, state, ids, lengths)
-    _, reply = sampler.generate(
-        model, params, state, keys, live, max_new, temperature, stop_id
-    )
-    return reply
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
-def _kept_turn(model, max_new, stop_id, params, state, prompt, keyed, temperature):
-    """Prefill of what is new and decode, on top of the cache of earlier turns."""
-    ids, lengths, restart = prompt
-    keys, live = _row_keys(*keyed)
-    length = jnp.where(restart, 0, state.cache.length)
-    cache = dataclasses.replace(state.cache, length=length)
-    state = dataclasses.replace(state, cache=cache)
-    state = sampler.extend(model, params, state, ids, lengths)
-    return sampler.generate(
-        model, params, state, keys, live, max_new, temperature, stop_id
-    )
-
-
-def _row_keys(key, episode, turn):
-    """Keys [B] that depend on (key, episode, turn) alone; −1 marks an empty row."""
-
-    def one(episode, turn):
-        return jax.random.fold_in(jax.random.fold_in(key, episode), turn)
-
-    return jax.vmap(one)(episode, turn), episode >= 0
-
-
-def _keyed(key, live: Sequence[Episode], rows: int):
-    episode = np.full(rows, -1, np.int32)
-    turn = np.zeros(rows, np.int32)
-    episode[: len(live)] = [e.index for e in live]
-    turn[: len(live)] = [len(e.turns) for e in live]
-    return key, episode, turn
-
-
-def _record(player: Player, live, contexts, reply) -> list[str]:
-    """Appends each reply to its context; returns the replies as text."""
-    ids, logprobs, counts = jax.device_get((reply.tokens, reply.logprob, reply.count))
-    texts = []
-    for b, (episode, context) in enumerate(zip(live, contexts)):
-        sampled = ids[b, : counts[b]]
-        context.append(player.prompter.reply(sampled, logprobs[b, : counts[b]]))
+    def _record(
+        self, episode: Episode, context: list[Segment], ids, logprobs
+    ) -> tuple[str, bool]:
+        """Appends the reply to its context; returns it as text, and whether it ended."""
+        player = self.player
+        context.append(self.prompter.reply(ids, logprobs))
         episode.contexts.append(context)
-        spoken = sampled[sampled != player.encoder.stop_id]
-        texts.append(player.encoder.decode(spoken.tolist()))
-    return texts
+        text = player.encoder.decode(ids[~np.isin(ids, player.stop_ids)].tolist())
+        stopped = len(ids) < player.prompt.max_response_length
+        stopped |= int(ids[-1]) in player.stop_ids
+        return text, stopped or any(end in text for end in player.stop_texts)
 
 
 def _ids(segments: Sequence[Segment]) -> np.ndarray:
     return np.concatenate([segment.tokens for segment in segments])
-
-
-def _ragged(rows: Sequence[np.ndarray], size: int, length: int):
-    """Right-pads rows to [size, length]; an empty row has length 0."""
-    ids, lengths = np.zeros((size, length), np.int32), np.zeros(size, np.int32)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)], lengths[b] = row, len(row)
-    return ids, lengths

@@ -1,12 +1,14 @@
 """From segments to arrays: the only bridge between host text and device batches."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from skillsd_jax.config import Optimizer
 from skillsd_jax.trajectory import Segment
 
 
@@ -173,6 +175,50 @@ def pack(
         trajectory=trajectory,
         success=success,
     )
+
+
+def arrange(batch: TokenBatch, order: np.ndarray, config: Optimizer) -> TokenBatch:
+    """Deals rows to minibatches: [B, …] → [M, K, micro_rows, …].
+
+    Rows are dealt round-robin in `order`, so that minibatches differ by one row at
+    most; the rest of each is padding with mask 0. With `minibatch_rows` set, as many
+    minibatches are filled as rows need and the others stay empty: no update.
+
+    Args:
+      batch: numpy arrays [B, …] whose last row is padding.
+      order: permutation of the real rows, which come first.
+      config: minibatches or minibatch_rows, and micro_rows.
+    """
+    size, micro = batch.reward.shape[0], config.micro_rows
+    most = used = config.minibatches
+    if config.minibatch_rows:
+        most = -(-size // config.minibatch_rows)
+        used = max(1, round(len(order) / config.minibatch_rows))
+    share = (
+        -(-size // used)
+        if not config.minibatch_rows
+        else -(-3 * config.minibatch_rows // 2)
+    )
+    share = -(-share // micro) * micro
+    index = np.full((most, share), size - 1)
+    for m in range(used):
+        dealt = order[m::used]
+        index[m, : len(dealt)] = dealt
+    index = index.reshape(most, -1, micro)
+    return jax.tree.map(lambda x: x[index], batch)
+
+
+def by_micro_batch(
+    batch: TokenBatch, score: Callable[[TokenBatch], Float[Array, "b R"]]
+) -> Float[Array, "M K b R"]:
+    """score(micro-batch) of every one of an iteration; padding is passed over."""
+
+    def one(part):
+        filled = jnp.any(part.mask > 0)
+        nothing = jnp.zeros_like(part.mask)
+        return jax.lax.cond(filled, lambda: score(part), lambda: nothing)
+
+    return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
 
 
 def _replies(row: Row, scored: int) -> tuple[list[Segment], list[int]]:

@@ -4,6 +4,8 @@ tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve 
       → learner.update → bank.credit → metrics, checkpoint
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import platform
@@ -54,8 +56,9 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     validation.claim_workdir(workdir, config)
     compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(compiled))
-    with metrics.Progress(config.iterations) as progress:
-        return Run(config, Path(workdir), progress).finish()
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(metrics.Progress(config.iterations))
+        return Run(config, Path(workdir), progress, stack).finish()
 
 
 def _machine() -> str:
@@ -79,10 +82,15 @@ class Run:
       config: every setting.
       workdir: exists and belongs to this run.
       progress: what the user sees meanwhile.
+      stack: ends the workers that hold environments.
     """
 
     def __init__(
-        self, config: settings.Config, workdir: Path, progress: metrics.Progress
+        self,
+        config: settings.Config,
+        workdir: Path,
+        progress: metrics.Progress,
+        stack: contextlib.ExitStack,
     ):
         self.config, self.workdir, self.progress = config, workdir, progress
         self.commit = metrics.commit()  # of the code that runs, not of a later edit
@@ -91,8 +99,9 @@ class Run:
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
         self.player = self.agent.player
-        self.train_environments = self._environments("train")
-        turns = self.train_environments[0].max_steps
+        stage = rollout.open_stage(config.environment, "train", config.rollout.rows)
+        self.stage = stack.enter_context(stage)
+        turns = self.stage.max_steps
         episodes = config.rollout.prompts * config.rollout.group_size
         # The most rows an iteration can leave, plus one that is always padding.
         self.batch_rows = episodes * turns + 1
@@ -105,7 +114,7 @@ class Run:
             config,
             self.recipe,
             self.player,
-            self.train_environments,
+            self.stage,
             functools.partial(key_for, config.seed, "rollout"),
             self.expert,
         )
@@ -115,6 +124,7 @@ class Run:
             self.panels = panels.Panels(
                 config, self.player, functools.partial(key_for, config.seed)
             )
+            stack.callback(self.panels.close)
             self.progress.say(self.panels.describe())
         self.checkpoints = checkpoint.Checkpointer(
             workdir / "checkpoints", config.keep_checkpoints
@@ -143,16 +153,12 @@ class Run:
             return -(-self.batch_rows // setting.minibatch_rows)
         return setting.minibatches
 
-    def _environments(self, split: str):
-        return rollout.environments(
-            self.config.environment, split, self.config.rollout.rows
-        )
-
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
         start = self._restore()
         with self.clock("compile"):
-            rollout.warm_up(self.player, self.state.weights, self.recipe.hinted)
+            for player in (self.player, self.panels.player):
+                rollout.warm_up(player, self.state.weights, self.recipe.hinted)
         if not self.host:
             self.progress.say("before: student on the test panel, teacher on its own")
             with self.clock("evaluate"):
@@ -176,10 +182,16 @@ class Run:
         self.compilations.close()
         return self._after()
 
+    def _faults(self) -> collections.Counter[str]:
+        """What went wrong with environments so far."""
+        counts = collections.Counter(self.stage.counts())
+        counts.update(self.panels.faults())
+        return counts
+
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its line of metrics.jsonl."""
         config, clock = self.config, self.clock
-        before = self.compilations.count
+        before, faults = self.compilations.count, self._faults()
         with clock("rollout"):
             practiced = self.practice.episodes(self.state.weights, iteration, self.bank)
             played = practiced.kept
@@ -214,6 +226,7 @@ class Run:
         with clock("evaluate"):
             record |= self._during(iteration)
         self._keep_sample(iteration, played, shown)
+        record["faults"] = {n: c - faults[n] for n, c in self._faults().items()}
         record["environment_steps"] = self.environment_steps
         record["compilations"] = self.compilations.count - before
         record["seconds"] = clock.lap()
@@ -246,7 +259,7 @@ class Run:
         order = np.random.default_rng([self.config.seed, iteration, 2]).permutation(
             len(rows)
         )
-        return learner.arrange(batch, order, self.config.optimizer)
+        return tokens.arrange(batch, order, self.config.optimizer)
 
     def _credit(self, played: experience.Experience, shown) -> None:
         """Books each episode's reward to the skill of the bank that was shown."""
@@ -260,9 +273,9 @@ class Run:
 
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""
-        rng = np.random.default_rng([self.config.seed, 0, 5])
+        seed = [self.config.seed, 0, 5]
         hints = experience.Hints(
-            self.bank, self.config.skills, rng, self.player.prompter
+            self.bank, self.config.skills, seed, self.player.prompter
         )
         hint = hints.text if self.recipe.student_skill else None
         results = self.panels.standing(self.state.weights, hint)
@@ -332,7 +345,7 @@ class Run:
         summary = {
             "config": settings.to_dict(self.config),
             "seed": self.config.seed,
-            "data": self.train_environments[0].data,
+            "data": self.stage.data,
             "panel": self.panels.test.record(),
             "teacher_panel": self.panels.taught.record(),
             **self.host,
@@ -340,6 +353,7 @@ class Run:
             "warm_start": self.agent.record,
             "teacher": self.teacher_record,
             "environment_steps": self.environment_steps,
+            "faults": dict(self._faults()),
             "seconds": {k: round(v, 1) for k, v in self.clock.total.items()},
             "versions": metrics.versions(),
             "commit": self.commit,

@@ -64,6 +64,7 @@ class Turn:
     reward: float
     feedback: str = ""  # the environment's own words after the action
     admissible: tuple[str, ...] = ()  # commands that would have been understood
+    stopped: bool = True  # the reply ended by itself, not by its length limit
 
 
 @dataclasses.dataclass(frozen=True)

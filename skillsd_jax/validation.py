@@ -7,7 +7,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from skillsd_jax.artifacts import write_atomic
-from skillsd_jax.config import Config, Model, Optimizer, difference, flatten, to_dict
+from skillsd_jax.config import (
+    Config,
+    Model,
+    Optimizer,
+    Rollout,
+    difference,
+    flatten,
+    to_dict,
+)
 
 
 class Refused(ValueError):
@@ -20,11 +28,13 @@ class Refused(ValueError):
 # Settings that name one of a fixed list. Names that live in a dict further up
 # (objectives, environments, retrieval) are given to `validate` by its caller.
 CHOICES: dict[str, Collection[str]] = {
+    "environment.workers": ("inline", "threads", "processes"),
     "environment.alfworld.rooms": ("kitchen", "all"),
     "environment.alfworld.view": ("notes", "native"),
     "model.dtype": ("float32", "bfloat16"),
     "prompt.context": ("windowed", "whole"),
     "prompt.style": ("plain", "agent"),
+    "rollout.old_logprobs": ("sampled", "recomputed"),
     "objective.gate": ("gap", "entropy", "soft_or"),
     "objective.gate_entropy": ("nats", "normalised"),
     "objective.topk_kind": ("forward_kl", "reverse_kl", "jsd"),
@@ -54,6 +64,7 @@ MAY_BE_ZERO = (
     "model.lora_rank",
     "prompt.history",
     "prompt.max_skill_length",
+    "rollout.correction_cap",
     "objective.sdl_lambda",
     "objective.sdar_coef",
     "objective.gate_beta",
@@ -73,6 +84,7 @@ MAY_BE_ZERO = (
     "optimizer.minibatch_rows",
     "imitate.steps",
     "evaluate.every",
+    "evaluate.top_k",
     "evaluate.temperature",
 )
 SHARES = (
@@ -131,6 +143,9 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
     _check_model(config.model)
     _check_moments(config.optimizer)
     _check_lengths(config)
+    if config.evaluate.top_p > 1:
+        raise Refused(f"evaluate.top_p={config.evaluate.top_p} must be at most 1")
+    _check_correction(config.rollout)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -211,8 +226,22 @@ def _check_moments(optimizer: Optimizer) -> None:
         )
 
 
+def _check_correction(rollout: Rollout) -> None:
+    if rollout.correction_cap and rollout.old_logprobs != "recomputed":
+        raise Refused(
+            f"rollout.correction_cap={rollout.correction_cap} weighs the scorer's "
+            f"log-probs against the sampler's, and rollout.old_logprobs="
+            f"{rollout.old_logprobs} has the sampler's alone; set "
+            "--config.rollout.old_logprobs=recomputed, or the cap to 0"
+        )
+
+
 def _check_lengths(config: Config) -> None:
     rollout, prompt = config.rollout, config.prompt
+    if rollout.rows % rollout.cohorts:
+        raise Refused(
+            f"rollout.cohorts={rollout.cohorts} must divide rollout.rows={rollout.rows}"
+        )
     if rollout.rows % rollout.group_size:
         fits = [n for n in range(1, rollout.rows + 1) if rollout.rows % n == 0]
         below = [n for n in fits if n < rollout.group_size][-1:]

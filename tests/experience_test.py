@@ -165,8 +165,8 @@ def test_an_expert_is_not_asked_about_an_episode_that_broke(played):
 def test_a_task_has_one_hint_for_its_whole_group(played, prompter):
     bank = skill_bank.Bank(4)
     bank.absorb(experience.summarize(played, bank, 2))
-    rng = np.random.default_rng(0)
-    hints = experience.Hints(bank, settings.Skills(retrieval="random"), rng, prompter)
+    retrieval = settings.Skills(retrieval="random")
+    hints = experience.Hints(bank, retrieval, [0], prompter)
     task, other = played.trajectories[0].task, played.trajectories[3].task
     said = {hints.text(task) for _ in range(9)}
     assert len(said) == 1 and said != {None}
@@ -174,11 +174,26 @@ def test_a_task_has_one_hint_for_its_whole_group(played, prompter):
     assert hints.text(other) is None and hints.shown[other.key] is None
 
 
+def test_what_a_task_is_shown_does_not_depend_on_who_asks_first(played, prompter):
+    bank = skill_bank.Bank(4)
+    bank.absorb(experience.summarize(played, bank, 2))
+    tasks = [t.task for t in played.trajectories[:1]] + [
+        dataclasses.replace(played.trajectories[0].task, seed=seed)
+        for seed in range(100, 130)
+    ]
+    shown = []
+    for order in (tasks, tasks[::-1]):
+        config = settings.Skills(retrieval="random")
+        hints = experience.Hints(bank, config, [7], prompter)
+        shown.append({task.key: hints.text(task) for task in order})
+    assert shown[0] == shown[1] and len(set(shown[0].values())) > 1
+
+
 def test_a_hint_that_does_not_fit_is_not_shown(played):
     bank = skill_bank.Bank(4)
     bank.absorb(experience.summarize(played, bank, 2))
     tight = Prompter(Words(), settings.Prompt(max_skill_length=3))
-    hints = experience.Hints(bank, settings.Skills(), np.random.default_rng(0), tight)
+    hints = experience.Hints(bank, settings.Skills(), [0], tight)
     task = played.trajectories[0].task
     assert hints.text(task) is None and hints.shown[task.key] is None
 

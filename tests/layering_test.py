@@ -21,7 +21,7 @@ LINES = (
     ("agent", "panels", "practice"),
     ("evaluate", "experience", "imitate", "report"),
     ("rollout", "learner", "checkpoint", "metrics", "timing"),
-    ("episode", "optimizers"),
+    ("episode", "slots", "optimizers"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
     ("models",),
@@ -42,6 +42,7 @@ WITHOUT_JAX = (
     "artifacts",
     "models.tokenizer",
     "models.template",
+    "models.spelling",
     "main",
 )
 FILE_WRITERS = {

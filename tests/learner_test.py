@@ -11,7 +11,7 @@ import pytest
 
 from skillsd_jax import config as settings
 from skillsd_jax import learner, tokens
-from skillsd_jax.models import lora, qwen
+from skillsd_jax.models import lora, qwen, scoring
 
 MODEL = qwen.ModelConfig(
     vocab=32, width=16, layers=1, heads=2, kv_heads=1, head_size=8, hidden=32
@@ -74,7 +74,7 @@ def updated(config, params, data, order=None):
     made = learner.Learner(MODEL, config, updates=10)
     state = made.init(jax.tree.map(jnp.copy, params))
     order = np.arange(ROWS) if order is None else order
-    state, sums = made.update(state, learner.arrange(data, order, config.optimizer))
+    state, sums = made.update(state, tokens.arrange(data, order, config.optimizer))
     return state, learner.means(sums)
 
 
@@ -99,6 +99,129 @@ def test_micro_batches_change_nothing_but_rounding(params, name, mode):
     assert_same(whole.optimizer, parts.optimizer, 1e-6)
 
 
+def scored(params, data):
+    """The batch with the scorer's log-probs for the sampler's."""
+    found = scoring.score(MODEL, params, data.student, 1.0, data.mask)
+    return dataclasses.replace(data, old=np.array(found.logprob))
+
+
+def shifted(data, rows, nats):
+    """The batch with a sampler that gave those rows' tokens so much more."""
+    old = data.old.copy()
+    old[rows] += nats * data.mask[rows]
+    return dataclasses.replace(data, old=old)
+
+
+def rescoring(cap=0.0, **optimizer):
+    config = configured(**optimizer)
+    config.rollout.old_logprobs, config.rollout.correction_cap = "recomputed", cap
+    return config
+
+
+@pytest.mark.parametrize("made", [configured, rescoring])
+def test_a_sampler_and_a_scorer_agree_but_for_what_is_put_between_them(params, made):
+    data = scored(params, batch())
+    _, figures = updated(made(micro_rows=2), params, data)
+    assert 0 <= figures["old_difference_mean"] <= figures["old_difference_max"] < 1e-5
+    assert figures["old_difference_share"] == 0
+    data = shifted(shifted(data, [1, 4], 0.25), [2], -0.005)
+    _, figures = updated(made(micro_rows=2), params, data)
+    count, many, few = (data.mask[rows].sum() for rows in (slice(None), [1, 4], [2]))
+    assert figures["old_difference_max"] == pytest.approx(0.25, abs=1e-5)
+    mean = (0.25 * many + 0.005 * few) / count
+    assert figures["old_difference_mean"] == pytest.approx(mean, abs=1e-5)
+    assert figures["old_difference_share"] == pytest.approx(many / count, abs=1e-6)
+
+
+@pytest.mark.parametrize("made, seen", [(configured, False), (rescoring, True)])
+def test_without_a_pass_of_its_own_agreement_is_that_of_the_first_minibatch(
+    params, made, seen
+):
+    data = shifted(scored(params, batch()), slice(1, None, 2), 0.25)
+    _, figures = updated(made(minibatches=2, learning_rate=0.1), params, data)
+    share = data.mask[1::2].sum() / data.mask.sum() if seen else 0
+    assert figures["old_difference_share"] == pytest.approx(share, abs=1e-6)
+    assert figures["old_difference_max"] == pytest.approx(0.25 * seen, abs=1e-5)
+
+
+def test_episodes_that_nobody_sampled_in_this_view_are_not_compared(params):
+    config = configured()
+    config.objective.name = "hdpo"
+    data = scored(params, batch())
+    rescued = np.flatnonzero(data.skilled)
+    _, figures = updated(config, params, shifted(data, rescued, 1.0))
+    assert figures["old_difference_max"] < 1e-5
+    config.objective.name = "sad"
+    made = learner.Learner(MODEL, config, updates=10, external=MODEL)
+    state = made.init(jax.tree.map(jnp.copy, params), params)
+    arranged = tokens.arrange(data, np.arange(ROWS), config.optimizer)
+    _, sums = made.update(state, arranged)
+    assert not any(name.startswith("old_") for name in sums)
+
+
+def test_the_agreement_changes_no_bit_of_an_update(params, monkeypatch):
+    config = configured(minibatches=2, micro_rows=2, learning_rate=1e-2)
+    state, figures = updated(config, params, batch())
+    monkeypatch.setattr(learner.Learner, "_mismatch", lambda *_: {})
+    bare, fewer = updated(config, params, batch())
+    assert figures.keys() - fewer.keys() == {
+        f"old_difference_{name}" for name in ("mean", "max", "share")
+    }
+    assert fewer.items() <= figures.items()
+    jax.tree.map(np.testing.assert_array_equal, state, bare)
+
+
+@pytest.mark.parametrize("name", ["grpo", "skill_sd", "opid"])
+def test_recomputed_log_probs_take_the_place_of_wrong_ones(params, name):
+    """In the ratio, in the distillation and in the credits."""
+    right, wrong = scored(params, batch()), batch()
+    sampled, recomputed = (
+        make(minibatches=2, learning_rate=1e-2) for make in (configured, rescoring)
+    )
+    for config in (sampled, recomputed):
+        config.objective.name, config.objective.gap_weight = name, 1.0
+    wanted, figures = updated(sampled, params, right)
+    found, again = updated(recomputed, params, wrong)
+    assert_same(found.optimizer, wanted.optimizer, 1e-6)
+    for key in figures.keys() - {"old_difference_mean", "old_difference_max"}:
+        if key != "old_difference_share":
+            assert again[key] == pytest.approx(figures[key], abs=1e-5, rel=1e-4), key
+    other, _ = updated(sampled, params, wrong)
+    with pytest.raises(AssertionError):
+        assert_same(other.optimizer, wanted.optimizer, 1e-6)
+
+
+def test_after_recomputing_the_first_ratio_is_one(params):
+    _, figures = updated(rescoring(), params, batch())
+    assert figures["ratio"] == pytest.approx(1, abs=1e-5)
+    _, figures = updated(configured(), params, batch())
+    assert abs(figures["ratio"] - 1) > 0.1
+
+
+@pytest.mark.parametrize("cap, weight", [(10.0, 2.0), (1.5, 1.5)])
+def test_a_correction_weighs_the_policy_gradient_up_to_its_cap(params, cap, weight):
+    right = scored(params, batch())
+    doubtful = shifted(right, slice(None), -np.log(2))  # π_scorer / π_sampler = 2
+    _, plain = updated(rescoring(), params, right)
+    _, figures = updated(rescoring(cap), params, doubtful)
+    assert figures["correction_mean"] == pytest.approx(weight, abs=1e-5)
+    assert figures["correction_capped"] == (weight == cap)
+    assert abs(plain["loss_policy"]) > 1e-3
+    wanted = weight * plain["loss_policy"]
+    assert figures["loss_policy"] == pytest.approx(wanted, rel=1e-4)
+    wanted = plain["loss_distillation"]
+    assert figures["loss_distillation"] == pytest.approx(wanted, rel=1e-4)
+    assert "correction_mean" not in plain
+
+
+def test_the_cap_holds_the_tokens_that_are_beyond_it(params):
+    data = shifted(scored(params, batch()), [1, 4], -np.log(3))
+    _, figures = updated(rescoring(2.0, micro_rows=2), params, data)
+    share = data.mask[[1, 4]].sum() / data.mask.sum()
+    assert figures["correction_capped"] == pytest.approx(share, abs=1e-6)
+    assert figures["correction_mean"] == pytest.approx(1 + share, abs=1e-5)
+
+
 def test_the_order_of_rows_changes_nothing_but_rounding(params):
     a, _ = updated(configured(), params, batch())
     b, _ = updated(configured(), params, batch(), order=np.arange(ROWS)[::-1])
@@ -113,7 +236,7 @@ def test_padding_rows_change_nothing(params):
 
 def test_minibatch_rows_fill_as_many_updates_as_there_are_rows(params):
     config = configured(minibatch_rows=5, micro_rows=1)
-    arranged = learner.arrange(batch(size=41), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(size=41), np.arange(ROWS), config.optimizer)
     filled = (arranged.mask.sum((1, 2, 3)) > 0).sum()
     assert arranged.mask.shape[0] == 9 and filled == 2
     state, figures = updated(config, params, batch(size=41))
@@ -125,7 +248,7 @@ def test_minibatch_rows_fill_as_many_updates_as_there_are_rows(params):
 def test_every_row_is_dealt_once():
     config = configured(minibatches=3)
     order = np.random.default_rng(0).permutation(ROWS)
-    arranged = learner.arrange(batch(), order, config.optimizer)
+    arranged = tokens.arrange(batch(), order, config.optimizer)
     dealt = arranged.trajectory[arranged.trajectory >= 0]
     np.testing.assert_array_equal(np.sort(dealt), np.arange(ROWS))
 
@@ -136,7 +259,7 @@ def test_a_periodic_teacher_follows_and_a_frozen_one_stays(params, kind, same):
     config.teacher.kind, config.teacher.every = kind, 2
     made = learner.Learner(MODEL, config, updates=10)
     state = made.init(jax.tree.map(jnp.copy, params))
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     state, _ = made.update(state, arranged)
     assert_same(state.teacher, params, 0)
     state, _ = made.update(state, arranged)
@@ -163,7 +286,7 @@ def test_an_external_teacher_may_be_of_another_shape_and_stays(params):
     with pytest.raises(ValueError, match="external teacher needs weights"):
         made.init(params)
     state = made.init(jax.tree.map(jnp.copy, params), weights)
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     state, sums = made.update(state, arranged)
     assert_same(state.teacher, weights, 0)
     assert abs(learner.means(sums)["gap"]) > 1e-3
@@ -186,7 +309,7 @@ def test_a_retired_teacher_teaches_no_more(params):
     config.objective.schedules = "sdl_lambda=plateau:2"
     made = learner.Learner(MODEL, config, updates=10)
     state = made.init(jax.tree.map(jnp.copy, params))
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     seen = []
     for _ in range(5):
         state, sums = made.update(state, arranged)
@@ -227,7 +350,7 @@ def test_the_update_compiles_once(params):
     state = made.init(jax.tree.map(jnp.copy, params))
     for rows in (10, 7, 3):
         data = batch(rows=rows, size=ROWS + 1)
-        arranged = learner.arrange(data, np.arange(rows), config.optimizer)
+        arranged = tokens.arrange(data, np.arange(rows), config.optimizer)
         state, _ = made.update(state, arranged)
     assert made._update._cache_size() == 1
 
@@ -253,7 +376,7 @@ def test_with_adapters_everything_that_moves_is_an_adapter(params, kind):
     held += [] if kind == "live" else [state.teacher]
     for tree in held:
         assert jax.tree.structure(tree) == jax.tree.structure(adapters)
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     for _ in range(2):
         state, sums = made.update(state, arranged)
     assert made._update._cache_size() == 1
@@ -273,7 +396,7 @@ def test_adapters_learn_what_the_gradient_of_the_whole_says(params):
     weights = lora.attach(ADAPTED.lora, params, jax.random.key(5))
     made = learner.Learner(ADAPTED, config, updates=10)
     state = made.init(jax.tree.map(jnp.copy, weights))
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     first = jax.tree.map(lambda x: x[:1], arranged)
     state, _ = made.update(state, first)
     whole = learner.Learner(MODEL, config, updates=10)
@@ -295,7 +418,7 @@ def test_a_frozen_kernel_costs_no_gradient():
     shape = dataclasses.replace(MODEL, width=24, hidden=56)
     config = configured()
     config.objective.name = "grpo"
-    arranged = learner.arrange(batch(), np.arange(ROWS), config.optimizer)
+    arranged = tokens.arrange(batch(), np.arange(ROWS), config.optimizer)
     for adapters, count in ((ADAPTED.lora, 0), (None, 3)):
         model = dataclasses.replace(shape, lora=adapters)
         made = learner.Learner(model, config, updates=10)

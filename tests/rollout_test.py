@@ -5,6 +5,8 @@ short at a turn that the episode's seed tells, so that batches shrink row by row
 """
 
 import dataclasses
+import json
+import time
 from types import SimpleNamespace
 
 import jax
@@ -13,8 +15,8 @@ import numpy as np
 import pytest
 
 from skillsd_jax import config as settings
-from skillsd_jax import imitate, rollout, timing, tokens
-from skillsd_jax.environments import household
+from skillsd_jax import experience, imitate, rollout, timing, tokens
+from skillsd_jax.environments import household, pool, stage
 from skillsd_jax.models import qwen, scoring, tokenizer
 from skillsd_jax.skills import summarizer
 from skillsd_jax.trajectory import Role
@@ -89,13 +91,19 @@ def params(model, encoder):
     return {**params, "embed": embed}
 
 
-@pytest.fixture(scope="module", params=["windowed", "whole"])
+KINDS = {
+    "windowed": ("windowed", {}),
+    "windowed, kept, in cohorts": ("windowed", {"reuse": True, "cohorts": 2}),
+    "whole": ("whole", {}),
+    "whole, in cohorts": ("whole", {"cohorts": 2}),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def player(request, model, encoder):
-    # A turn's new tokens fit the smaller bucket, an opening needs the larger one.
-    prompt = settings.Prompt(
-        context=request.param, max_skill_length=112, max_length=256
-    )
-    return rollout.Player(model, encoder, prompt, rows=4)
+    context, how = KINDS[request.param]
+    prompt = settings.Prompt(context=context, max_skill_length=112, max_length=256)
+    return rollout.Player(model, encoder, prompt, rows=4, **how)
 
 
 def play(player, params, seeds=SEEDS, key=KEY, temperature=TEMPERATURE, hint=None):
@@ -322,3 +330,109 @@ def test_too_few_environments_are_refused(player, params):
     with pytest.raises(ValueError, match="1 environments for 2 episodes"):
         key = jax.random.key(KEY)
         rollout.collect(player, params, [Staged()], [0, 1], key, TEMPERATURE)
+
+
+@pytest.mark.parametrize("cohorts", [1, 2])
+@pytest.mark.parametrize("workers", ["threads", "processes"])
+def test_what_is_played_does_not_depend_on_who_steps_the_environments(
+    player, params, workers, cohorts
+):
+    player = dataclasses.replace(player, cohorts=cohorts)
+    setting = settings.Environment(workers=workers)
+    maker, key = stage.Maker.of(setting, "train"), jax.random.key(KEY)
+    environments = [household.Household() for _ in range(player.rows)]
+    expected = rollout.collect(player, params, environments, SEEDS, key, TEMPERATURE)
+    with pool.open_stage(maker, player.rows, setting) as places:
+        played = rollout.collect(player, params, places, SEEDS, key, TEMPERATURE)
+    assert replies(played) == replies(expected)
+    assert [t.turns for t in played] == [t.turns for t in expected]
+
+
+def test_an_episode_can_be_written_as_a_line_that_says_which_replies_were_cut(
+    player, played
+):
+    stop, most = player.encoder.stop_id, player.prompt.max_response_length
+    for trajectory, said in zip(played.trajectories, replies(played.trajectories)):
+        turns = json.loads(experience.line(trajectory, None))["turns"]
+        cut = [len(ids) == most and ids[-1] != stop for ids in said]
+        assert [not turn["stopped"] for turn in turns] == cut
+    figures = experience.figures(played.trajectories)
+    assert 0 < figures["replies_cut"] < 1
+
+
+def test_a_reply_ends_at_a_stop_text(player, params):
+    free = play(player, params, SEEDS[:3])
+    letters = [turn.reply for t in free for turn in t.turns]
+    often = max(
+        "abcdefghijklmnopqrstuvwxyz", key=lambda x: sum(x in r for r in letters)
+    )
+    prompt = dataclasses.replace(player.prompt, stop_texts=f"never,{often}")
+    player = dataclasses.replace(player, prompt=prompt)
+    stopped = play(player, params, SEEDS[:3])
+    said = [turn for t in stopped for turn in t.turns]
+    assert any(often in turn.reply for turn in said)
+    ids = [ids for episode in replies(stopped) for ids in episode]
+    for turn, tokens_ in zip(said, ids):
+        # nothing comes after the token that completes the text
+        assert often not in player.encoder.decode(tokens_[:-1])
+        full = len(tokens_) == player.prompt.max_response_length
+        assert turn.stopped or full
+    assert_scored_alike(player, params, stopped, TEMPERATURE)
+
+
+def test_a_world_that_hangs_ends_its_own_episodes_as_timeouts(player, params):
+    setting = settings.Environment(workers="threads", worker_count=4, timeout_s=0.5)
+    maker = stage.Maker(f"{__name__}:Hanging", "train")
+    key = jax.random.key(KEY)
+    with pool.open_stage(maker, player.rows, setting) as places:
+        played = rollout.collect(player, params, places, SEEDS, key, TEMPERATURE)
+        counts = places.counts()
+    late = [t.ending == "timeout" for t in played]
+    assert late == [seed % 8 == 3 for seed in SEEDS] and any(late)
+    assert counts["timeouts"] == sum(late)
+
+
+class Hanging(household.Household):
+    """Takes for ever in some episodes."""
+
+    def reset(self, seed):
+        self.hangs = seed % 8 == 3
+        return super().reset(seed)
+
+    def step(self, text):
+        if self.hangs:
+            time.sleep(2)
+        return super().step(text)
+
+
+class Endless(household.Household):
+    """Forgets to end, or asks for more than a prompt can hold."""
+
+    def task(self):
+        task = super().task()
+        if self.seed % 2:
+            return dataclasses.replace(task, instruction="go on " * 500)
+        return task
+
+    def reset(self, seed):
+        self.seed = seed
+        return super().reset(seed)
+
+    def step(self, text):
+        return dataclasses.replace(super().step("look"), done=False)
+
+
+def test_worlds_that_know_no_bounds_end_their_own_episodes_alone(player, params):
+    made = [Endless() for _ in range(player.rows)]
+    key = jax.random.key(KEY)
+    played = rollout.collect(player, params, made, range(6), key, TEMPERATURE)
+    assert [t.ending for t in played] == ["limit", "error"] * 3
+    assert [len(t.turns) for t in played] == [made[0].max_steps, 0] * 3
+
+
+def test_any_number_of_episodes_is_played_whatever_the_cohorts(player, params):
+    wide = dataclasses.replace(player, rows=3, cohorts=3)
+    assert play(wide, params, []) == []
+    expected = replies(play(player, params, SEEDS[:5]))
+    for count in (1, 2, 5):
+        assert replies(play(wide, params, SEEDS[:count])) == expected[:count]

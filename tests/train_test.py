@@ -1,6 +1,8 @@
 """A whole run at toy size: it leaves what it promises, repeats, resumes, refuses."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 
 from skillsd_jax import checkpoint, metrics, practice, train, validation
 from skillsd_jax import config as settings
+from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import OBJECTIVES
 from skillsd_jax.models import huggingface, qwen, tokenizer
 
@@ -218,6 +221,46 @@ def test_tasks_are_drawn_in_epochs_without_state():
     assert practice.drawn_tasks(1, 0, 8, 8) != practice.drawn_tasks(0, 0, 8, 8)
 
 
+def test_a_worker_that_is_killed_costs_its_own_episodes_and_training_goes_on(
+    tmp_path, monkeypatch
+):
+    """Whole histories in two cohorts, environments in two worker processes, old
+    log-probs by the scorer, panels drawn from the likeliest five words."""
+    config = toy(tmp_path)
+    config.rollout.old_logprobs, config.rollout.correction_cap = "recomputed", 2.0
+    config.evaluate.top_k = 5
+    config.environment.workers = "processes"
+    config.prompt.context, config.prompt.max_length = "whole", 400
+    config.rollout.cohorts = 2
+    whole, step = train.Run.iterate, Stage.step
+
+    def killing(self, iteration):
+        def once(stage, slots, texts):
+            if stage is self.stage and len(killed) == 0 and iteration == 2:
+                killed.append(stage.pids[0])
+                os.kill(killed[0], signal.SIGKILL)
+            return step(stage, slots, texts)
+
+        monkeypatch.setattr(Stage, "step", once)
+        return whole(self, iteration)
+
+    killed = []
+    monkeypatch.setattr(train.Run, "iterate", killing)
+    summary = train.run(config, str(tmp_path / "work"))
+    rows = metrics.read(tmp_path / "work" / "metrics.jsonl")
+    assert len(rows) == 4 and killed and "after" in summary
+    assert [row["faults"]["restarts"] for row in rows] == [0, 0, 1, 0]
+    # Two of the four places were that worker's.
+    lost = [row["endings"].get("error", 0) for row in rows]
+    assert lost[:2] == [0, 0] and 1 <= lost[2] <= 2 and lost[3] == 0
+    assert rows[2]["faults"]["errors"] == lost[2]
+    assert [row["compilations"] for row in rows[1:]] == [0, 0, 0]
+    for row in rows:
+        assert row["old_difference_max"] < 1e-4 and row["old_difference_share"] == 0
+        assert row["correction_mean"] == pytest.approx(1, abs=1e-4)
+    assert summary["faults"]["restarts"] == 1
+
+
 def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):
     config = toy(tmp_path)
     config.iterations = 1
@@ -228,6 +271,16 @@ def test_whole_history_runs_and_scores_what_was_sampled(tmp_path):
     # The weights have not moved when the first minibatch is scored.
     assert row["ratio"] == pytest.approx(1.0, abs=0.05)
     assert summary["after"]["n"] == 4
+
+
+@pytest.mark.parametrize("name, cap", [("opsd", 2.0), ("sad", 0.0)])
+def test_old_log_probs_that_have_no_use_are_refused(tmp_path, name, cap):
+    config = toy(tmp_path, name=name)
+    config.rollout.old_logprobs, config.rollout.correction_cap = "recomputed", cap
+    message = f"{name} does not take rollout.(correction_cap: it has|old_logprobs=re)"
+    with pytest.raises(validation.Refused, match=message):
+        train.run(config, str(tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ def test_every_listed_name_is_a_setting():
         ("rollout.group_size", 0, "must be > 0"),
         ("teacher.kind", "slow", "'slow'; known: '', live, periodic, ema, frozen"),
         ("prompt.context", "full", "known: windowed, whole"),
+        ("rollout.old_logprobs", "exact", "'exact'; known: sampled, recomputed"),
+        ("rollout.correction_cap", -1.0, "must be ≥ 0"),
+        ("rollout.correction_cap", 2.0, "set --config.rollout.old_logprobs=recomputed"),
         ("objective.gate", "sigmoid", "known: gap, entropy, soft_or"),
         ("objective.loss_agg_mode", "mean", "known: token-mean, seq-mean-token-sum"),
         ("evaluate.split", "train", "known: validation, test"),
@@ -83,6 +86,12 @@ def test_a_window_too_small_for_one_reply_is_refused():
     with pytest.raises(validation.Refused, match="= 56"):
         validation.validate(settings)
     settings.prompt.max_length = 108
+    validation.validate(settings)
+
+
+def test_a_cap_goes_with_recomputed_log_probs():
+    settings = changed("rollout.correction_cap", 2.0)
+    settings.rollout.old_logprobs = "recomputed"
     validation.validate(settings)
 
 

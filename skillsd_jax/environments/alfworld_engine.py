@@ -28,7 +28,8 @@ from skillsd_jax.environments.alfworld_state import Fact, Facts, negated, read_a
 from skillsd_jax.environments.alfworld_text import Entity, Grammar, Scope
 
 _KEPT = 2048  # translations kept in memory, about 20 kB each
-_LOCK = threading.Lock()  # the translator works with globals
+# The translator works with globals, and all copies of the library share a registry.
+_LOCK = threading.Lock()
 # Libraries without an engine. They are used again, never unloaded: all copies share one
 # registry (a unique symbol), which would go on pointing into the unloaded one.
 _IDLE: list[ctypes.CDLL] = []
@@ -65,7 +66,8 @@ class Engine:
         self.facts = Facts(translation.facts, translation.types)
         self.entities = _entities(translation.facts)
         self._worded: dict[str, str] = {}  # operator → command
-        self._library.load_sas(translation.sas)
+        with _LOCK:
+            self._library.load_sas(translation.sas)
         self._look()
         return self._grammar.derive("#intro#", Scope(self.facts, self.entities, {}))
 
@@ -185,7 +187,8 @@ def _load_library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "libdownward.so"
         path.write_bytes(_mapped_part(Path(fast_downward.interface.DOWNWARD_LIB_PATH)))
-        library = ctypes.CDLL(str(path))
+        with _LOCK:
+            library = ctypes.CDLL(str(path))
     library.load_sas.argtypes = [ctypes.c_char_p]
     library.check_goal.restype = ctypes.c_bool
     return library

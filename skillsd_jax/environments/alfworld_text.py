@@ -8,6 +8,7 @@ Imports textworld: import this module only when the engine is wanted.
 import dataclasses
 import functools
 import re
+import threading
 from collections.abc import Iterator, Mapping
 
 from textworld.envs.pddl import logic, textgen
@@ -15,6 +16,7 @@ from textworld.logic import Rule
 
 from skillsd_jax.environments.alfworld_state import Facts, Query
 
+_PARSING = threading.Lock()  # TextWorld's parsers are one each for all threads
 _TASK = re.compile(r"Your task is to: ([^\"#{}\[\]|;<>\\]*)\"")
 
 
@@ -112,17 +114,20 @@ class Grammar:
 
 @functools.lru_cache(maxsize=64)
 def _parsed(source: str) -> "logic.GameLogic":
-    return logic.GameLogic(domain="", grammar=source)
+    with _PARSING:
+        return logic.GameLogic(domain="", grammar=source)
 
 
 @functools.lru_cache(maxsize=1024)
 def _symbols(text: str) -> list:
-    return textgen._parse_and_convert(text, rule_name="symbols")
+    with _PARSING:
+        return textgen._parse_and_convert(text, rule_name="symbols")
 
 
 @functools.lru_cache(maxsize=1024)
 def _query(expression: str) -> Query:
-    rule = Rule.parse_conjunctive_query(expression)
+    with _PARSING:
+        rule = Rule.parse_conjunctive_query(expression)
     return tuple(
         (part.name, tuple((slot.name, slot.type) for slot in part.parameters))
         for part in rule.preconditions

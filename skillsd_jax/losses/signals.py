@@ -23,7 +23,8 @@ class Signals:
       student: log-probs of the sampled tokens in the plain view.
       teacher: the same in the skilled view.
       teacher_step: the same in a second skilled view.
-      old: log-probs at sampling time.
+      old: log-probs of who played: the sampler's, or the scorer's under its weights.
+      correction: weight of the policy gradient for who sampled; None: off.
       reference: log-probs of the initial policy, plain view.
       entropy: of the student.
       divergence: vocabulary-wide, student to teacher, in the kind the recipe names.
@@ -52,6 +53,7 @@ class Signals:
     mask: Float[Array, "B R"]
     teacher: Float[Array, "B R"] | None = None
     teacher_step: Float[Array, "B R"] | None = None
+    correction: Float[Array, "B R"] | None = None
     reference: Float[Array, "B R"] | None = None
     entropy: Float[Array, "B R"] | None = None
     divergence: Float[Array, "B R"] | None = None
@@ -113,6 +115,7 @@ class Signals:
 PER_TOKEN = (
     "student",
     "old",
+    "correction",
     "advantage",
     "teacher",
     "teacher_step",

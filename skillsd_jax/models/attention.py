@@ -61,17 +61,27 @@ def masked(
     v: Float[Array, "B S K E"],
     allowed: Bool[Array, "#B L S"],
 ) -> Float[Array, "B L H E"]:
-    """softmax(q kᵀ / √E) v; every query is allowed at least one slot.
+    """softmax(q kᵀ / √E) v; every query is allowed at least one slot."""
+    return cached(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), allowed)
+
+
+def cached(
+    q: Float[Array, "B L H E"],
+    k: Float[Array, "B K S E"],
+    v: Float[Array, "B K S E"],
+    allowed: Bool[Array, "#B L S"],
+) -> Float[Array, "B L H E"]:
+    """`masked` over keys and values as a cache keeps them.
 
     The H / K query heads that share a key head are laid out as further queries.
     """
     rows, length, heads, size = q.shape
-    group = heads // k.shape[2]
+    group = heads // k.shape[1]
     q = (q * size**-0.5).reshape(rows, length, -1, group, size)
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows, -1, group * length, size)
     bias = jnp.where(allowed, 0.0, -1e30)[:, None]
     bias = jnp.tile(bias, (1, 1, group, 1))
-    mixed = _mix(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), bias)
+    mixed = _mix(q, k, v, bias)
     mixed = mixed.reshape(rows, -1, group, length, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(rows, length, heads, size)
 

@@ -264,44 +264,69 @@ def extend(
     config: ModelConfig,
     params: Params,
     cache: KVCache,
-    tokens: Int[Array, "B n"],
-    length: Int[Array, "B"],
-) -> tuple[Float[Array, "B n D"], KVCache]:
-    """Reads up to n more tokens per row; row b reads its first length[b].
+    tokens: Int[Array, "C n"],
+    length: Int[Array, "C"],
+    rows: Int[Array, "C"] | None = None,
+) -> tuple[Float[Array, "C n D"], KVCache]:
+    """Reads up to n more tokens per row; row c reads its first length[c].
 
-    Row b writes them at positions cache.length[b] …; a row with length 0 is left as it
+    Row c writes them at positions cache.length[c] …; a row with length 0 is left as it
     is. Positions beyond the cache's slots are lost, so the caller sees to it that
     cache.length + length ≤ cache.slots.
 
+    Args:
+      rows: the rows of the cache that read; none twice, and past the last: nowhere.
+        None: all of them.
+
     Returns:
-      The hidden states after the final norm, rubbish at ≥ length[b], and the cache.
+      The hidden states after the final norm, rubbish at ≥ length[c], and the cache.
     """
     new = jnp.arange(tokens.shape[1])
-    position = cache.length[:, None] + new
+    begun = cache.length if rows is None else cache.length[rows]
+    position = begun[:, None] + new
     rotation = _rotation(config, position)
     slots = jnp.arange(cache.slots)
     allowed = attention.visible(position, slots, None)
     near = attention.visible(position, slots, config.window)
-    row = jnp.arange(tokens.shape[0])[:, None]
+    row = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
     slot = jnp.where(new < length[:, None], position, cache.slots)  # beyond: dropped
 
-    def layer(carry, scanned):
-        x, keys, values = carry
-        n, block, slides = scanned
+    def written(memory, x):
+        return memory.at[row, :, slot].set(x.astype(memory.dtype), mode="drop")
+
+    x, keys, values = _embed(config, params, tokens), [], []
+    for n, block in enumerate(unstack(config, params)["layers"]):
         block = nnx.merge(_block(config), block)
         q, k, v = block.project(x, rotation)
-        keys = keys.at[n, row, slot].set(k.astype(keys.dtype), mode="drop")
-        values = values.at[n, row, slot].set(v.astype(values.dtype), mode="drop")
-        k, v = keys[n].astype(q.dtype), values[n].astype(q.dtype)
-        seen = allowed if config.window is None else jnp.where(slides, near, allowed)
-        attended = attention.masked(q, k, v, seen)
-        return (block.finish(x, attended), keys, values), None
-
-    carry = _embed(config, params, tokens), cache.keys, cache.values
-    layers = jnp.arange(config.layers), params["layers"], _slides(config)
-    (x, keys, values), _ = jax.lax.scan(layer, carry, layers)
-    cache = KVCache(keys=keys, values=values, length=cache.length + length)
+        keys.append(written(cache.keys[n], k))
+        values.append(written(cache.values[n], v))
+        k, v = (x if rows is None else x[rows] for x in (keys[n], values[n]))
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        seen = near if n in (config.window_layers or ()) else allowed
+        x = block.finish(x, attention.cached(q, k, v, seen))
+    total = cache.length.at[row[:, 0]].add(length, mode="drop")
+    cache = KVCache(tuple(keys), tuple(values), total)
     return _rms_norm(config, x, params["norm"]), cache
+
+
+def unstack(config: ModelConfig, params: Params) -> Params:
+    """The weights with a tuple of layers, as `extend` reads them, in config.dtype.
+
+    A decoder reads every weight for every token, and a slice of a stack, or a number of
+    another type, is copied before it is read: so rollouts take the stack apart once.
+    """
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return params
+
+    def cast(path, x):
+        named = path[-1].key
+        return x if named in ("scale", "norm") else x.astype(config.dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    leaves, shape = jax.tree.flatten(params["layers"])
+    apart = [jax.tree.unflatten(shape, part) for part in zip(*leaves)]
+    return params | {"layers": tuple(apart)}
 
 
 def head(

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from skillsd_jax import artifacts
-from skillsd_jax.models import template
+from skillsd_jax.models import spelling, template
 
 _OPEN, _CLOSE, _PAD = template.OPEN, template.CLOSE, "<|endoftext|>"
 _SETTINGS = "tokenizer_config.json"
@@ -79,6 +79,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def control_id(self, token: str) -> int:
+        """The id of a control token; ValueError if there is none of that name."""
+        return _control_id(self._backend, token)
+
     @property
     def max_id(self) -> int:
         """The largest id; more than vocab_size − 1 where ids are left out."""
@@ -96,6 +100,25 @@ class Tokenizer:
         """
         kept = [int(id) for id in ids if int(id) not in self._control]
         return self._backend.decode(kept, skip_special_tokens=False)
+
+    def pieces(self, size: int | None = None) -> list[bytes]:
+        """What each id adds to decoded text; b"" for control ids and unknown ones.
+
+        Joined, they are what `decode` gives, but for what `spelling.pieces` tells of.
+
+        Args:
+          size: ids to tell of, a model's rows for instance; all known ones if None.
+
+        Raises:
+          ValueError: the decoder is of a kind whose bytes are not known.
+        """
+        size = self.max_id + 1 if size is None else size
+        names = [
+            "" if id in self._control else self._backend.id_to_token(id) or ""
+            for id in range(size)
+        ]
+        decoder = self._backend.decoder
+        return spelling.pieces(names, decoder.__getstate__() if decoder else "null")
 
     def means(self, other: "Tokenizer") -> bool:
         """Whether every id means the same to both."""

@@ -11,6 +11,7 @@ from skillsd_jax.losses import (
     divergence,
     gates,
     masking,
+    mismatch,
     objective,
     policy_gradient,
 )
@@ -327,8 +328,9 @@ def test_a_teacher_of_anything_on_rows_without_a_skill_reaches_nothing(name, sig
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_student_is_moved(name, signals):
     chosen = settings(name, kl_coefficient=0.1, gate="soft_or")
+    signals = dataclasses.replace(signals, correction=0.5 * signals.mask)
     gradients = jax.grad(total, allow_int=True)(signals, chosen)
-    for field in ("old", "teacher", "reference", "entropy", "advantage"):
+    for field in ("old", "correction", "teacher", "reference", "entropy", "advantage"):
         assert not getattr(gradients, field).any(), field
     assert gradients.student.any() or gradients.divergence.any()
 
@@ -363,6 +365,52 @@ def test_dual_clip_zero_is_off(signals):
             output.terms["policy"], loss * signals.mask, rtol=1e-5
         )
         assert ("dual_clip_fraction" in output.metrics) == (dual_clip > 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_correction_weighs_the_policy_gradient_alone(name, signals):
+    chosen = settings(name, kl_coefficient=0.1, entropy_coefficient=0.1)
+    recipe = objective.recipe(name)
+    plain = recipe.loss(signals, chosen)
+    weight = np.linspace(0.1, 3, B * R, dtype=np.float32).reshape(B, R)
+    weighed = recipe.loss(dataclasses.replace(signals, correction=weight), chosen)
+    for key, term in plain.terms.items():
+        wanted = weight * term if key == "policy" else term
+        np.testing.assert_allclose(weighed.terms[key], wanted, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, weighed.metrics, plain.metrics)
+
+
+@pytest.mark.parametrize("name", ["grpo", "tcod", "gigpo"])
+def test_a_corrected_policy_gradient_is_exact_for_any_sampler(words, name):
+    advantage = np.array([1.0, -0.5, 0.3, 2.0, -1.2])
+
+    def loss(logs, correction):
+        signals = objective.Signals(
+            student=logs[:, None],
+            old=words.student[:, None],
+            correction=correction,
+            advantage=advantage[:, None],
+            entropy=np.zeros((5, 1)),
+            mask=np.ones((5, 1)),
+        )
+        return (
+            objective.recipe(name).loss(signals, settings(name)).terms["policy"][:, 0]
+        )
+
+    # ∇ −Σ p A by the logits: −p (A − Σ p A), whoever sampled.
+    p = np.exp(words.student)
+    wanted = -p * (advantage - np.sum(p * advantage))
+
+    def found(cap):
+        with jax.enable_x64(True):
+            weight = mismatch.correction(words.student, words.old, cap)[:, None]
+        return words.expected_gradient(lambda logs: loss(logs, weight), words.old)
+
+    highest = np.exp(words.student - words.old).max()
+    np.testing.assert_allclose(found(1.01 * highest), wanted, atol=1e-7)
+    assert np.abs(found(0.9 * highest) - wanted).max() > 1e-3
+    plain = words.expected_gradient(lambda logs: loss(logs, None), words.old)
+    assert np.abs(plain - wanted).max() > 0.1
 
 
 def test_metrics_average_over_their_own_tokens(signals):

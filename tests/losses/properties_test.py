@@ -25,7 +25,15 @@ FEW = effort(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-FLOATS = ("student", "old", "teacher", "reference", "entropy", "divergence")
+FLOATS = (
+    "student",
+    "old",
+    "correction",
+    "teacher",
+    "reference",
+    "entropy",
+    "divergence",
+)
 BY_ROW = ("skilled", "group_success")
 
 

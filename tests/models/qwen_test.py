@@ -239,7 +239,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_ends():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     states = hidden(config, params, tokens)
     assert states.dtype == jnp.bfloat16
-    assert kv_cache.empty(config, 2, 4).keys.dtype == jnp.bfloat16
+    assert kv_cache.empty(config, 2, 4).keys[0].dtype == jnp.bfloat16
     logits = qwen.head(config, params, states)
     assert logits.dtype == jnp.float32
     exact = apply(QWEN3, params, tokens)
@@ -328,6 +328,6 @@ def test_gathered_rows_continue_as_themselves():
     one = np.ones(3, np.int32)
     states, _ = extend(QWEN3, params, cache, more, one)
     index = np.array([2, 2, 0, 1])
-    picked = kv_cache.gather(cache, index)
+    picked = jax.tree.map(lambda x: x[index], cache)
     again, _ = extend(QWEN3, params, picked, more[index], np.ones(4, np.int32))
     np.testing.assert_allclose(again, states[index], atol=1e-5)

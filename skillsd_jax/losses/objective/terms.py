@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from skillsd_jax import config
@@ -18,7 +19,12 @@ Weight = Callable[[Signals, config.Objective], Float[Array, "#B #R"]]
 
 
 def policy(signals: Signals, objective: config.Objective) -> Output:
-    """The clipped surrogate of GRPO; ratio='sequence' is GSPO's."""
+    """The clipped surrogate of GRPO; ratio='sequence' is GSPO's.
+
+    Times the correction for who sampled, where there is one: outside the clips, which
+    are about how far the student has moved, not about who sampled. Distillation is not
+    corrected: its ρ divides by `old`, and a term without one takes tokens as they come.
+    """
     s, o = signals, objective
     student, old = choose(RATIOS, o.ratio, "ratio")(s)
     views, clips = (student, old, s.advantage), (o.clip_low, o.clip_high)
@@ -31,6 +37,8 @@ def policy(signals: Signals, objective: config.Objective) -> Output:
         held = policy_gradient.dual_clipped(*views, dual_clip)
         metrics["dual_clip_fraction"] = (held, s.mask)
     loss = policy_gradient.clipped_surrogate(*views, *clips, dual_clip)
+    if s.correction is not None:
+        loss = stop_gradient(s.correction) * loss
     return Output({"policy": loss}, metrics)
 
 
