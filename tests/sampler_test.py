@@ -414,25 +414,25 @@ def test_a_word_that_is_ruled_out_is_never_drawn_however_long_the_sums():
     kept = rng.choice(words, 4000, replace=False)
     logits[kept] = rng.normal(size=4000)
     # Numbers that land right behind a word's own stretch, where there is one.
-    wide = jnp.asarray(np.broadcast_to(logits, (256, words)))
+    wide = jnp.asarray(np.broadcast_to(logits, (32, words)))
     invert = jax.jit(lambda keys: sampler._invert(keys, wide, jnp.asarray(False)))
     for seed in range(8):
-        drawn, logprob = map(np.asarray, invert(row_keys(256, seed)))
+        drawn, logprob = map(np.asarray, invert(row_keys(32, seed)))
         assert np.isin(drawn, kept).all() and np.isfinite(logprob).all()
 
 
 def test_large_vocabularies_are_drawn_from_by_inversion():
-    """One word of 5,000 holds half of the weight; 2,000 draws, 7 deviations."""
-    words = 5000
-    logits = np.zeros((2000, words), np.float32)
+    """One word of 5,000 holds half of the weight; 400 draws, 7 deviations."""
+    words, rows = 5000, 400
+    logits = np.zeros((rows, words), np.float32)
     logits[:, 4321] = np.log(words - 1)
     how = sampler.Decoding(1)
     draw = jax.jit(lambda keys: sampler._draw(how, keys, logits, 1.0))
-    drawn, logprob = map(np.asarray, draw(row_keys(2000)))
+    drawn, logprob = map(np.asarray, draw(row_keys(rows)))
     half = drawn == 4321
-    assert abs(half.mean() - 0.5) < 7 * 0.5 / np.sqrt(2000)
+    assert abs(half.mean() - 0.5) < 7 * 0.5 / np.sqrt(rows)
     np.testing.assert_allclose(logprob[half], np.log(0.5), atol=1e-4)
-    assert len(set(drawn[~half].tolist())) > 800
+    assert len(set(drawn[~half].tolist())) > 150
 
 
 PIECES = [b"", *(bytes([letter]) for letter in b"abcd"), b"", *(b"ab bc ca".split())]

@@ -166,13 +166,12 @@ def test_a_context_longer_than_a_piece_is_read_in_several():
 
 
 def test_nothing_is_compiled_after_the_warm_up():
-    make(window=1200).warm_up()
     make().warm_up()
     rng = np.random.default_rng(6)
     compiled = timing.Compilations()
     replies = list(play(make(), 200, rng))
     # A first prompt may need more than the next size of the cache.
-    make(window=1200).ask([ask(0, words(rng, 1100, 1100), 0, 0)]).result()
+    make().ask([ask(0, words(rng, 590, 590), 0, 0)]).result()
     compiled.close()
     assert len(replies) > 200 and compiled.count == 0
 

@@ -359,8 +359,10 @@ def test_an_engine_that_goes_missing_ends_the_run_with_its_cause(stage, tmp_path
     )
     (tmp_path / "gone").touch()
     kill(opened.pids[0])
+    # A worker that is dying may still take the first call, whose episodes it loses.
     with pytest.raises(ImportError, match="pip install"):
-        play(opened, LOOK, LOOK, LOOK, LOOK)
+        for _ in range(2):
+            play(opened, LOOK, LOOK, LOOK, LOOK)
     assert faults(opened.step([1, 3], [LOOK, LOOK]).result()) == ["", ""]
 
 
