@@ -77,9 +77,18 @@ def alive(pid):
     return state not in "ZX"
 
 
-def kill(pid):
-    os.kill(pid, signal.SIGKILL)
-    assert until(lambda: not alive(pid))
+def kill(worker):
+    """Until it can be waited for: it looks dead before the last of its threads is."""
+    os.kill(worker, signal.SIGKILL)
+    assert until(lambda: waitable(worker))
+
+
+def waitable(child):
+    how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    try:
+        return os.waitid(os.P_PID, child, how) is not None
+    except ChildProcessError:  # somebody has waited already
+        return True
 
 
 @pytest.mark.parametrize("kind", KINDS)
