@@ -13,7 +13,7 @@ from skillsd_jax.models.automaton import Automaton
 from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.scoring import pick
 
-FEW_WORDS = 4096  # up to here a random number per word is as fast
+FEW_WORDS = 4096  # up to here every word is given a random number of its own
 LANES = 128
 
 
