@@ -94,6 +94,7 @@ class Prompt:
     max_prompt_length: int = 48  # student's context without the last reply
     max_response_length: int = 8  # one reply, stop token included
     max_skill_length: int = 28  # extra room of the teacher's view
+    skill_turn: str = "task"  # turn that a skill stands in: task, system
     max_length: int = 512  # whole history: the window of all turns together
 
 

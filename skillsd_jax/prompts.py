@@ -15,6 +15,7 @@ from skillsd_jax import config as settings
 from skillsd_jax.trajectory import Role, Segment, Task, Turn
 
 CONTEXTS = ("windowed", "whole")
+SKILL_TURNS = ("task", "system")
 
 
 class Encoder(Protocol):
@@ -111,10 +112,11 @@ class Prompter:
           config: wording, and lengths in tokens.
 
         Raises:
-          ValueError: an unknown style or context.
+          ValueError: an unknown style, context or skill_turn.
         """
         _check_choice("style", config.style, STYLES)
         _check_choice("context", config.context, CONTEXTS)
+        _check_choice("skill_turn", config.skill_turn, SKILL_TURNS)
         self.encoder = encoder
         self.config = config
         self.style = STYLES[config.style]
@@ -178,14 +180,15 @@ class Prompter:
 
     def fits(self, skill_text: str) -> bool:
         """Whether the skill, whole, takes at most `max_skill_length` tokens."""
-        return len(self._skill(skill_text).tokens) <= self.config.max_skill_length
+        return len(self._shown(skill_text)) <= self.config.max_skill_length
 
     def skilled(
         self, context: Sequence[Segment], skill_text: str
     ) -> tuple[tuple[Segment, ...], int] | None:
-        """The teacher's view: the same segments, a SKILL segment after the task.
+        """The teacher's view: the same segments and a SKILL segment.
 
-        It may be longer than the plain view by `max_skill_length`. Over that, the
+        That stands after the task, in its turn, or with prompt.skill_turn='system' at the
+        end of the system turn, which is opened for it where there is none. The view may be longer than the plain view by `max_skill_length`. Over that, the
         environment's words are cut oldest first, never the agent's tokens, the task,
         the skill or the last observation.
 
@@ -311,14 +314,30 @@ class Prompter:
         )
         return _segment(Role.ENVIRONMENT, self.encoder.encode(text))
 
-    def _skill(self, skill_text: str) -> Segment:
-        return _segment(Role.SKILL, self.encoder.encode(skill_text + "\n"))
+    def _shown(self, skill_text: str) -> Sequence[int]:
+        """What a skill adds to a prompt, the frame of a turn of its own included."""
+        encoder = self.encoder
+        if self.config.skill_turn == "task":
+            return encoder.encode(skill_text + "\n")
+        if self._system():
+            return encoder.encode("\n" + skill_text)
+        ids = encoder.encode(skill_text)
+        return [*encoder.open_turn("system"), *ids, *encoder.close_turn()]
 
     def _with_skill(
         self, context: Sequence[Segment], skill_text: str
     ) -> tuple[Segment, ...]:
-        after = 1 + [segment.role for segment in context].index(Role.TASK)
-        return (*context[:after], self._skill(skill_text), *context[after:])
+        skill = _segment(Role.SKILL, self._shown(skill_text))
+        roles = [segment.role for segment in context]
+        if self.config.skill_turn == "task":
+            after = 1 + roles.index(Role.TASK)
+            return (*context[:after], skill, *context[after:])
+        if Role.SYSTEM not in roles:
+            return (skill, *context)
+        system, *rest = context
+        end = len(system.tokens) - len(self.encoder.close_turn())
+        said, closing = system.tokens[:end], system.tokens[end:]
+        return (Segment(Role.SYSTEM, said), skill, Segment(Role.SYSTEM, closing), *rest)
 
     def _excess(self, view: Sequence[Segment]) -> int:
         """Tokens over the limit; a windowed limit does not count the reply."""

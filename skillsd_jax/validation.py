@@ -34,6 +34,7 @@ CHOICES: dict[str, Collection[str]] = {
     "model.dtype": ("float32", "bfloat16"),
     "prompt.context": ("windowed", "whole"),
     "prompt.style": ("plain", "agent"),
+    "prompt.skill_turn": ("task", "system"),
     "rollout.old_logprobs": ("sampled", "recomputed"),
     "objective.gate": ("gap", "entropy", "soft_or"),
     "objective.gate_entropy": ("nats", "normalised"),

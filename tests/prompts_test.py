@@ -102,6 +102,30 @@ def test_system_history_skill_and_commands_have_their_places():
     assert cut == 0  # the window of two is no cut
 
 
+@pytest.mark.parametrize(
+    ("system", "said"), [("", "hint"), ("be brief", "be brief\nhint")]
+)
+def test_a_skill_may_stand_at_the_end_of_the_system_turn(system, said):
+    maker = prompter(system=system, skill_turn="system")
+    segments, _ = maker.opening(TASK, TimeStep("now"), (), "hint")
+    assert text(maker, segments) == (
+        f"<|im_start|>system\n{said}<|im_end|>\n"
+        "<|im_start|>user\nput the apple in the fridge\nnow<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    plain, _ = maker.opening(TASK, TimeStep("now"))
+    bare = [s for s in segments if s.role != Role.SKILL]
+    assert text(maker, bare) == text(maker, plain)
+
+
+def test_the_frame_of_a_skills_own_turn_counts_towards_its_room():
+    skill = "hint"
+    frame = sum(map(len, ([START], "system\n", [STOP], "\n")))
+    for room, fits in ((4 + frame, True), (4 + frame - 1, False)):
+        maker = prompter(skill_turn="system", max_skill_length=room)
+        assert maker.fits(skill) == fits
+
+
 def test_agent_style_says_how_to_answer():
     maker = prompter(style="agent")
     shown = text(maker, maker.opening(TASK, TimeStep("a door"))[0])
@@ -226,6 +250,8 @@ def test_unknown_choices_are_named():
         prompter(style="poem")
     with pytest.raises(ValueError, match="context='half'; set one of windowed, whole"):
         prompter(context="half")
+    with pytest.raises(ValueError, match=r"skill_turn='front'.*task, system"):
+        prompter(skill_turn="front")
 
 
 def test_whole_history_is_cut_to_its_frames():
@@ -264,6 +290,7 @@ def random_prompter(rng, context):
         system=rng.choice(["", "be brief"]),
         style=rng.choice(["plain", "agent"]),
         admissible=rng.random() < 0.5,
+        skill_turn=rng.choice(["task", "system"]),
         max_prompt_length=rng.randrange(330, 500),
         max_skill_length=rng.randrange(20, 90),
         max_length=rng.randrange(500, 1500),
@@ -290,17 +317,29 @@ def random_contexts(rng, maker):
     return contexts
 
 
+def joined(segments, role):
+    return [t for s in segments if s.role == role for t in s.tokens.tolist()]
+
+
 def check_skilled_view(maker, context, skill, view, cut):
     roles = [s.role for s in view]
     at = roles.index(Role.SKILL)
-    assert roles.count(Role.SKILL) == 1 and roles[at - 1] == Role.TASK
-    assert view[at].tokens.tolist() == maker.encoder.encode(skill + "\n")
-    assert not {STOP, START} & set(view[at].tokens.tolist())
+    assert roles.count(Role.SKILL) == 1
+    encoder = maker.encoder
+    if maker.config.skill_turn == "task":
+        assert roles[at - 1] == Role.TASK
+        shown = encoder.encode(skill + "\n")
+    elif at:
+        assert roles[at - 1] == roles[at + 1] == Role.SYSTEM
+        shown = encoder.encode("\n" + skill)
+    else:  # there was no system turn: it has one of its own
+        frame = encoder.open_turn("system"), encoder.close_turn()
+        shown = [*frame[0], *encoder.encode(skill), *frame[1]]
+    assert view[at].tokens.tolist() == shown
+    assert not {STOP, START} & set(maker.encoder.encode(skill))
     assert scored(view) == scored(context) != []
     for role in (Role.SYSTEM, Role.TASK):
-        assert [s.tokens.tolist() for s in view if s.role == role] == [
-            s.tokens.tolist() for s in context if s.role == role
-        ]
+        assert joined(view, role) == joined(context, role)
     assert words(view)[-1] is words(context)[-1]
     whole = maker.config.context == "whole"
     counted = [s for s in view if whole or s.role != Role.AGENT]
@@ -340,7 +379,7 @@ def test_every_skilled_view_holds_the_whole_skill_and_scores_the_same_tokens():
             check_skilled_view(teacher, plain, skill, *made)
             seen[context] += 1
             seen["cut"] += made[1]
-    assert min(seen.values()) > 200, seen
+    assert min(seen.values()) > 150, seen
 
 
 def spans(reply, width):
