@@ -87,7 +87,8 @@ class Sources:
     expert: Callable[[int], skill_bank.Skill | None]
 
 
-Shown = list[skill_bank.Skill | None]
+# What each episode's teacher is to be shown, first things first; () is nothing.
+Shown = list[tuple[skill_bank.Skill, ...]]
 
 
 def retrieve(
@@ -96,7 +97,7 @@ def retrieve(
     config: settings.Skills,
     rng: np.random.Generator,
 ) -> Shown:
-    """A skill for each episode's teacher; None where the bank has nothing to show."""
+    """Skills of the bank for each episode's teacher."""
     return [
         retrieval.retrieve(bank, t.task, experience.source(i), rng, config)
         for i, t in enumerate(experience.trajectories)
@@ -113,26 +114,27 @@ def siblings(experience: Experience, sources: Sources) -> Shown:
     for i, group in enumerate(experience.groups):
         others = [j for j in solved[group] if j != i]
         if not others:
-            shown.append(None)
+            shown.append(())
             continue
         chosen = others[int(sources.rng.integers(len(others)))]
         sibling = experience.trajectories[chosen]
         name = experience.source(chosen)
-        shown.append(summarizer.summarize(sibling, experience.iteration, name))
+        shown.append((summarizer.summarize(sibling, experience.iteration, name),))
     return shown
 
 
 def experts(experience: Experience, sources: Sources) -> Shown:
     """The skill of an expert's episode of the task, for ever the same."""
-    shown: Shown = [None] * len(experience.trajectories)
+    shown: Shown = [()] * len(experience.trajectories)
     for i in experience.usable:
-        shown[i] = sources.expert(experience.trajectories[i].task.seed)
+        skill = sources.expert(experience.trajectories[i].task.seed)
+        shown[i] = () if skill is None else (skill,)
     return shown
 
 
 def nothing(experience: Experience, sources: Sources) -> Shown:
     """No skill."""
-    return [None] * len(experience.trajectories)
+    return [()] * len(experience.trajectories)
 
 
 # What `Recipe.shown` names.
@@ -146,8 +148,20 @@ SHOWN = {
 }
 
 
+def fitting(
+    skills: Sequence[skill_bank.Skill], prompter: prompts.Prompter
+) -> tuple[skill_bank.Skill, ...]:
+    """The first of the skills, as many as can be shown whole together."""
+    count = 0
+    while count < len(skills):
+        if not prompter.fits(summarizer.render(*skills[: count + 1])):
+            break
+        count += 1
+    return tuple(skills[:count])
+
+
 class Hints:
-    """A skill of the bank for each task, chosen once: its whole group sees the same.
+    """Skills of the bank for each task, chosen once: its whole group sees the same.
 
     Args:
       bank, config: see retrieval.retrieve.
@@ -164,19 +178,21 @@ class Hints:
     ):
         self._bank, self._config, self._seed = bank, config, seed
         self._prompter = prompter
-        self.shown: dict[str, skill_bank.Skill | None] = {}
+        self.shown: dict[str, tuple[skill_bank.Skill, ...]] = {}
 
     def text(self, task: Task) -> str | None:
         """What the task's players are shown."""
         if task.key not in self.shown:
             seed = [*self._seed, zlib.crc32(task.key.encode())]
             rng = np.random.default_rng(seed)
-            skill = retrieval.retrieve(self._bank, task, "", rng, self._config)
-            if skill is not None and not self._prompter.fits(summarizer.render(skill)):
-                skill = None
-            self.shown[task.key] = skill
-        skill = self.shown[task.key]
-        return None if skill is None else summarizer.render(skill)
+            found = retrieval.retrieve(self._bank, task, "", rng, self._config)
+            self.shown[task.key] = fitting(found, self._prompter)
+        return text_of(self.shown[task.key])
+
+
+def text_of(skills: Sequence[skill_bank.Skill]) -> str | None:
+    """What a prompt shows of them; None: nothing."""
+    return summarizer.render(*skills) if skills else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,20 +201,20 @@ class Views:
 
     Args:
       rows: one per context.
-      shown: the skill each episode's teacher really saw.
+      shown: the skills each episode's teacher really saw.
       cut: history entries cut from teacher views.
-      dropped: skills too long to be shown.
+      dropped: skills for which there was no room.
     """
 
     rows: list[Row]
-    shown: list[skill_bank.Skill | None]
+    shown: Shown
     cut: int
     dropped: int
 
 
 def views(
     experience: Experience,
-    skills: Sequence[skill_bank.Skill | None],
+    skills: Sequence[Sequence[skill_bank.Skill]],
     prompter: prompts.Prompter,
     objective: settings.Objective,
     teacher_reads: str = "skill",
@@ -207,7 +223,7 @@ def views(
 
     Args:
       experience: the episodes.
-      skills: what to show for each episode.
+      skills: what to show for each episode, as much of it as there is room for.
       prompter: writes the skill into the task turn.
       objective: invalid_action_penalty is taken from the reward per invalid turn: of
         the episode, or with statistics='row' of the row itself, as released.
@@ -215,7 +231,7 @@ def views(
         student's own view, it is another model. 'played': the context as it was
         played, where that has a skill; the student's view is then without.
     """
-    rows, shown, cut, dropped = [], list(skills), 0, 0
+    rows, shown, cut, dropped = [], [()] * len(skills), 0, 0
     for index in experience.usable:
         contexts = experience.trajectories[index].contexts
         skilled: Sequence[Sequence[Segment] | None] = [None] * len(contexts)
@@ -226,14 +242,13 @@ def views(
             pairs = zip(contexts, bare)
             skilled = [full if len(full) > len(b) else None for full, b in pairs]
             contexts = bare
-        if skills[index] is not None:
-            text = summarizer.render(skills[index])
+        found = fitting(skills[index], prompter)
+        if (text := text_of(found)) is not None:
             made = [prompter.skilled(context, text) for context in contexts]
-            if any(view is None for view in made):
-                shown[index], dropped = None, dropped + 1
-            else:
-                skilled = [view for view, _ in made]
+            if all(made):
+                shown[index], skilled = found, [view for view, _ in made]
                 cut += sum(cuts for _, cuts in made)
+        dropped += len(skills[index]) - len(shown[index])
         both = list(zip(contexts, skilled))
         rows += _rows(experience, index, both, prompter, objective)
     return Views(rows, shown, cut, dropped)
@@ -317,14 +332,14 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def line(trajectory: Trajectory, skill: skill_bank.Skill | None) -> str:
+def line(trajectory: Trajectory, skills: Sequence[skill_bank.Skill]) -> str:
     """An episode as one line of JSON: what was seen, said and done."""
     record = {
         "task": dataclasses.asdict(trajectory.task),
         "success": trajectory.success,
         "reward": trajectory.reward,
         "ending": trajectory.ending,
-        "skill": None if skill is None else summarizer.render(skill),
+        "skill": text_of(skills),
         "turns": [dataclasses.asdict(turn) for turn in trajectory.turns],
     }
     return json.dumps(record, ensure_ascii=False) + "\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from skillsd_jax import config as settings
+from skillsd_jax import validation
 from skillsd_jax.validation import Refused
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
@@ -22,21 +23,6 @@ STEP = flags.DEFINE_integer("step", None, "iterations done; default: the last sa
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "of the written weights"
 )
-
-
-def read_config(workdir: Path) -> settings.Config:
-    """The settings of a run.
-
-    Raises:
-      Refused: the folder is none of a run.
-    """
-    path = workdir / "config.json"
-    try:
-        return settings.from_dict(json.loads(path.read_text()))
-    except OSError as fault:
-        raise Refused(f"{workdir} is no run: no config.json in it") from fault
-    except (ValueError, AttributeError, TypeError) as fault:
-        raise Refused(f"{path} is damaged or of another version: {fault}") from fault
 
 
 def claim(out: Path) -> None:
@@ -65,7 +51,7 @@ def inherited(config: settings.Config) -> dict:
 
 def export(workdir: Path, out: Path, step: int | None, dtype: str) -> str:
     """Writes the folder; returns what was done, in a line."""
-    config = read_config(workdir)
+    config = validation.read_config(workdir)
     from skillsd_jax import agent, checkpoint  # jax takes seconds: only now
     from skillsd_jax.models import huggingface
 

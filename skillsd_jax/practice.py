@@ -35,13 +35,13 @@ class Practiced:
     Args:
       kept: the episodes to learn from.
       played: all of them.
-      hints: the skill that each kept episode's player was shown.
+      hints: the skills that each kept episode's player was shown.
       dropped: groups that were played and not kept.
     """
 
     kept: experience.Experience
     played: Sequence[Trajectory]
-    hints: Sequence[skill_bank.Skill | None]
+    hints: experience.Shown
     dropped: int
 
 
@@ -74,7 +74,7 @@ class Practice:
         """
         setting, size = self.config.rollout, self.config.rollout.group_size
         kept: list[list[Trajectory]] = []
-        hints: list[skill_bank.Skill | None] = []
+        hints: experience.Shown = []
         played: list[Trajectory] = []
         for draw in range(setting.draws):
             episodes, shown = self._draw(params, iteration * setting.draws + draw, bank)
@@ -90,7 +90,7 @@ class Practice:
         dropped = len(played) // size - len(kept)
         if self.recipe.shown == "rescued":
             kept = self._rescue(params, iteration, kept)
-            hints = [None] * sum(map(len, kept))
+            hints = [()] * sum(map(len, kept))
         groups = [index for index, group in enumerate(kept) for _ in group]
         found = experience.Experience([t for g in kept for t in g], groups, iteration)
         return Practiced(found, played, hints, dropped)
@@ -135,7 +135,7 @@ class Practice:
         )
         seeds = np.repeat(drawn, config.rollout.group_size)
         if self.recipe.data == "expert":
-            return self._recorded(seeds, draw), [None] * len(seeds)
+            return self._recorded(seeds, draw), [()] * len(seeds)
         seed = [config.seed, draw, 3]
         hints = experience.Hints(bank, config.skills, seed, self.player.prompter)
         episodes = rollout.collect(
@@ -147,7 +147,7 @@ class Practice:
             config.rollout.temperature,
             hints.text if self.recipe.student_skill else None,
         )
-        return episodes, [hints.shown.get(e.task.key) for e in episodes]
+        return episodes, [hints.shown.get(e.task.key, ()) for e in episodes]
 
     def _recorded(self, seeds: Sequence[int], draw: int) -> list[Trajectory]:
         """Episodes of the scripted expert, cut into the contexts a player would see."""

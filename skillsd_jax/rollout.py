@@ -175,7 +175,7 @@ def collect(
             f"{world.count} environments for {wanted} episodes at once; "
             f"make as many as player.rows={player.rows}"
         )
-    params = _apart(player.model, params)
+    params = apart(player.model, params)
     if hint is not None:
         hint = _that_fits(player, hint)
     waiting, finished = list(enumerate(map(int, seeds))), {}
@@ -207,7 +207,7 @@ def _alternate(cohorts: Sequence[Iterator[Waits]]) -> None:
         running.append((cohort, next(cohort, None)))
 
 
-_apart = jax.jit(qwen.unstack, static_argnums=0)
+apart = jax.jit(qwen.unstack, static_argnums=0)
 
 
 def _that_fits(player: Player, hint: Hint) -> Hint:
@@ -227,7 +227,7 @@ def warm_up(player: Player, params: qwen.Params, hinted: bool = False) -> None:
       player, params: who plays.
       hinted: prompts with a skill too.
     """
-    params = _apart(player.model, params)
+    params = apart(player.model, params)
     for shown in (False, True)[: 1 + (hinted and not player.keeps)]:
         player.voice(params, jax.random.key(0), 1.0, shown).warm_up()
 

@@ -208,7 +208,7 @@ class Run:
         with clock("skills"):
             self._credit(played, shown)
         taught = [row.teacher is not None for row in views.rows]
-        hinted = [skill is not None for skill in practiced.hints]
+        hinted = [len(skills) > 0 for skills in practiced.hints]
         record = {
             **experience.figures(practiced.played),
             **figures,
@@ -266,9 +266,9 @@ class Run:
         if self.recipe.shown != "skill" and not self.recipe.student_skill:
             return
         self.bank.credit(
-            (shown[i].id, summarizer.unit_reward(played.trajectories[i]))
+            (skill.id, summarizer.unit_reward(played.trajectories[i]))
             for i in played.usable
-            if shown[i] is not None
+            for skill in shown[i]
         )
 
     def _standing(self, when: str) -> dict[str, Any]:
@@ -292,7 +292,7 @@ class Run:
         """Writes some episodes as text, one JSON object a line."""
         chosen = list(zip(played.trajectories, shown))
         chosen = chosen[: self.config.sample_trajectories]
-        lines = [experience.line(episode, skill) for episode, skill in chosen]
+        lines = [experience.line(episode, skills) for episode, skills in chosen]
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
         artifacts.write_atomic(path, "".join(lines))
 

@@ -14,6 +14,7 @@ from skillsd_jax.config import (
     Rollout,
     difference,
     flatten,
+    from_dict,
     to_dict,
 )
 
@@ -296,3 +297,18 @@ def claim_workdir(workdir: str, config: Config) -> bool:
             f"--workdir or the same settings\n" + "\n".join(rows)
         )
     return True
+
+
+def read_config(workdir: Path) -> Config:
+    """The settings of a run.
+
+    Raises:
+      Refused: the folder is none of a run.
+    """
+    path = workdir / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except OSError as fault:
+        raise Refused(f"{workdir} is no run: no config.json in it") from fault
+    except (ValueError, AttributeError, TypeError) as fault:
+        raise Refused(f"{path} is damaged or of another version: {fault}") from fault

@@ -78,8 +78,12 @@ def select(trajectories: Sequence[Trajectory], per_group: int) -> list[int]:
     return sorted(sound, key=rank)[:per_group]
 
 
-def render(skill: Skill) -> str:
+def render(*skills: Skill) -> str:
     """The text that a prompt shows."""
+    return "\n".join(map(_block, skills))
+
+
+def _block(skill: Skill) -> str:
     return (
         f"<skill>\nsuccess_analysis: {skill.success_analysis}"
         f"\nmistake_analysis: {skill.mistake_analysis}"
