@@ -184,7 +184,7 @@ def _read(response: http.client.HTTPResponse, max_bytes: int) -> Reply:
         waits = response.getheader("Retry-After") or ""
         return Reply(response.status, retry_after=waits)
     body = response.read(max_bytes + 1)
-    if len(body) > max_bytes or (response.length or 0) + len(body) > max_bytes:
+    if len(body) > max_bytes:
         raise Failed("too_large")
     if response.length:
         raise http.client.IncompleteRead(b"", response.length)

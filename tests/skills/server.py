@@ -160,11 +160,11 @@ class _Handler(BaseHTTPRequestHandler):
     def ten_megabytes(self):
         self.say(b" " * 10_000_000)
 
-    def ten_megabytes_unannounced(self):
+    def endless(self):
         """No length: the end of the connection would be the end of the body."""
         self.send_response(200)
         self.end_headers()
-        for _ in range(160):
+        while not self.server.over.is_set():
             self.wfile.write(b" " * 62_500)
 
     def empty(self):

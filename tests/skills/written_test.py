@@ -89,6 +89,8 @@ def test_what_is_cut_is_said():
     assert "(turns 3 to 48 of 50 are left out)" in text
     text = written.request([episode([turn("x" * 150)])], Limits(observation=100))
     assert f"saw: {'x' * 100} (50 characters cut)\n" in text
+    text = written.request([episode([turn("<" * 80)])], Limits(observation=100))
+    assert f"saw: {'< ' * 50} (59 characters cut)\n" in text  # 80 and the 79 between
     text = written.request([numbered(1)] * 5, Limits(episodes=3))
     assert "Episode 3 of 3" in text and "(2 more episodes are left out.)" in text
     assert "left out" not in written.request([numbered(30)])
