@@ -51,6 +51,7 @@ FILE_WRITERS = {
     "metrics",
     "report",
     "skills.bank",
+    "skills.recording",
     "models.huggingface",
     "models.tensor_files",
     "models.tokenizer",  # its save is given a path by artifacts.cached

@@ -22,6 +22,8 @@ class Skill:
       source: id of the episode.
       born: iteration it was written in.
       reward: of the episode, in [0, 1].
+      policy: iterations that whoever played the episode had learned from.
+      maker: who wrote it.
     """
 
     id: str
@@ -33,6 +35,8 @@ class Skill:
     source: str
     born: int
     reward: float
+    policy: int = 0
+    maker: str = "template"
 
 
 def skill_id(task: str, success: str, mistake: str, workflow: Sequence[str]) -> str:

@@ -1,0 +1,509 @@
+"""Claims about a server as the writer of skills: bounded, counted, and no key anywhere."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from skillsd_jax.skills import endpoint as module
+from skillsd_jax.skills import exchange, written
+from skillsd_jax.skills.endpoint import FAILURES, Endpoint, Writer
+from skillsd_jax.skills.recording import Exchange, Recording, Replay
+from skillsd_jax.skills.written import Room, Unreadable
+from skillsd_jax.trajectory import Task, Trajectory, Turn
+from tests.skills.server import INJECTED, KEY, serving, skill
+
+QUICK = {"timeout_s": 2.0, "backoff_s": 0.001, "retries": 0, "max_wait_s": 0.05}
+WORDS = Room(100, lambda text: len(text.split()))
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def settings(server_or_url, **options):
+    url = getattr(server_or_url, "url", server_or_url)
+    return Endpoint(url, "m", **QUICK | options)
+
+
+def episode(seed):
+    task = Task("household", seed, "train", "pick", "take the apple")
+    turns = (Turn("a shelf", "", "take apple 1", True, True, 1.0),)
+    return Trajectory(task, turns, (), 1.0, True, "success")
+
+
+def ask(server_or_url, requests=("write",), **options):
+    """The answers and the counts."""
+    with Writer(settings(server_or_url, **options)) as writer:
+        return writer.write(list(requests)), writer.counts
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_request_is_one_user_message_with_the_key_in_its_header():
+    with serving("good") as server:
+        answers, counts = ask(server, seed=3, temperature=0.5, max_tokens=77)
+    assert answers == [skill()]
+    assert counts == {"asked": 1, "answered": 1}
+    assert server.asked == [
+        {
+            "path": "/v1/chat/completions",
+            "model": "m",
+            "messages": [{"role": "user", "content": "write"}],
+            "temperature": 0.5,
+            "max_tokens": 77,
+            "seed": 3,
+        }
+    ]
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["Host"] == f"127.0.0.1:{server.server_port}"
+
+
+def test_a_local_server_needs_no_key(monkeypatch):
+    monkeypatch.setenv("OTHER", "another-key")
+    with serving("good") as server:
+        ask(server, key_variable="")
+        ask(server, key_variable="OTHER")
+        monkeypatch.delenv("OPENAI_API_KEY")
+        ask(f"{server.url}/")
+    keys = [headers.get("Authorization") for headers in server.headers]
+    assert keys == [None, "Bearer another-key", None]
+    assert "seed" not in server.asked[0]
+    assert server.asked[2]["path"] == "/v1/chat/completions"
+
+
+def test_answers_come_in_the_order_asked_and_so_few_at_once():
+    requests = [f"request {n}" for n in range(12)]
+    with serving("echoes") as server:
+        answers, counts = ask(server, requests, concurrency=3)
+    assert answers == [f"re: {request}" for request in requests]
+    assert counts == {"asked": 12, "answered": 12}
+    assert server.most_at_once == 3
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("slow", "timeout"),
+        ("drips", "timeout"),
+        ("drips_headers", "timeout"),
+        ("continues", "timeout"),
+        ("hangs_up", "network"),
+        ("breaks_off", "network"),
+        ("no_http", "network"),
+        ("not_json", "not_json"),
+        ("html", "not_json"),
+        ("bytes_of_no_text", "not_json"),
+        ("deep", "not_json"),
+        ("empty", "not_json"),
+        ("ten_megabytes", "too_large"),
+        ("endless", "too_large"),
+        ("no_choices", "no_choice"),
+        ("no_content", "no_choice"),
+        ("a_list", "no_choice"),
+        ("odd_choices", "no_choice"),
+        ("digits", "no_choice"),
+        ("redirects", "redirect"),
+        ("denies", "denied"),
+        ("bad_request", "status"),
+    ],
+)
+def test_a_server_that_misbehaves_is_a_counted_failure(behaviour, reason):
+    limit = 0.3 if reason == "timeout" else 5.0
+    begun = time.monotonic()
+    with serving(behaviour) as server:
+        answers, counts = ask(server, timeout_s=limit)
+        spent = time.monotonic() - begun
+    assert answers == [None]
+    assert counts == {"asked": 1, reason: 1} and reason in FAILURES
+    assert len(server.asked) == 1
+    assert spent < limit + 1.5
+
+
+def test_a_server_that_is_not_there_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        answers, counts = ask(f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
+    assert (answers, counts) == ([None], {"asked": 1, "refused": 1})
+
+
+def test_https_is_not_spoken_in_the_clear():
+    with serving("good") as server:
+        answers, counts = ask(server.url.replace("http:", "https:"))
+    assert (answers, counts) == ([None], {"asked": 1, "network": 1})
+    assert server.asked == []
+
+
+def test_a_handshake_that_never_ends_has_the_deadline_too():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
+        begun = time.monotonic()
+        answers, counts = ask(url, timeout_s=0.2)
+    assert (answers, counts) == ([None], {"asked": 1, "timeout": 1})
+    assert time.monotonic() - begun < 1.5
+
+
+@pytest.mark.parametrize("behaviour", ["fails_then_works", "limits_then_works"])
+def test_what_may_go_better_is_tried_again(behaviour):
+    with serving(behaviour, times=2) as server:
+        answers, counts = ask(server, retries=2)
+        assert answers == [skill()]
+        assert counts == {"asked": 1, "answered": 1, "retried": 2}
+    with serving(behaviour, times=3) as server:
+        answers, counts = ask(server, retries=2)
+        assert answers == [None]
+        assert counts == {"asked": 1, "status": 1, "retried": 2}
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "tries"),
+    [("hangs_up", 3), ("denies", 1), ("bad_request", 1), ("html", 1), ("redirects", 1)],
+)
+def test_what_will_not_go_better_is_not_tried_again(behaviour, tries):
+    with serving(behaviour) as server:
+        ask(server, retries=2)
+    assert len(server.asked) == tries
+
+
+@pytest.mark.parametrize(
+    ("status", "again"),
+    [(408, True), (409, True), (429, True), (500, True), (503, True), (599, True)]
+    + [(status, False) for status in (204, 302, 400, 401, 403, 404, 422)],
+)
+def test_which_statuses_are_tried_again(status, again):
+    with pytest.raises(exchange.Failed) as caught:
+        module._content(exchange.Reply(status))
+    assert isinstance(caught.value, module._Again) == again
+
+
+def test_pauses_double_are_bounded_and_the_same_in_every_run():
+    patient = settings("http://h/v1", backoff_s=1.0, max_wait_s=20.0)
+    again = module._Again("status")
+
+    def pauses(hash):
+        return [module._pause_s(patient, hash, n, again) for n in (0, 1, 2, 3, 9, 5000)]
+
+    for n, pause in enumerate(pauses("a")[:4]):
+        assert 2**n / 2 <= pause <= 2**n
+    assert pauses("a")[4:] == [20.0, 20.0]
+    assert pauses("a") == pauses("a") != pauses("b")
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [("7", 7.0), (" 0 ", 0.0), ("999999999999", 20.0), ("-1", 0.0), ("nan", 0.0)]
+    + [("", 0.0), ("٣", 0.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)],
+)
+def test_a_server_may_ask_for_a_longer_pause(header, expected):
+    patient = settings("http://h/v1", backoff_s=0.0, max_wait_s=20.0)
+    again = module._Again("status", exchange.seconds(header))
+    assert module._pause_s(patient, "a", 0, again) == expected
+
+
+def test_a_redirect_gets_nothing():
+    with (
+        serving("good") as elsewhere,
+        serving("redirects", times=elsewhere.server_port) as server,
+    ):
+        answers, counts = ask(server, retries=1)
+    assert (answers, counts) == ([None], {"asked": 1, "redirect": 1})
+    assert elsewhere.asked == []
+
+
+def test_injected_text_comes_back_as_text_and_harmless():
+    with serving("injects") as server:
+        (answer,), _ = ask(server)
+    assert json.loads(answer)["success_analysis"] == INJECTED
+    fields = written.parse(answer, WORDS)
+    assert "</skill>" not in fields.success_analysis
+    assert "<|im_start|>" not in "".join(fields.golden_workflow)
+
+
+BEHAVIOURS = ("good", "denies", "tells_the_key", "redirects", "breaks_off", "no_http")
+
+
+def test_the_key_is_in_no_file_text_or_error(tmp_path, capfd, caplog):
+    texts = []
+    for behaviour in BEHAVIOURS:
+        record = tmp_path / behaviour / "recording.jsonl"
+        with serving(behaviour) as server:
+            chosen = settings(server, record=str(record), retries=1)
+            with Writer(chosen) as writer:
+                handle = writer.submit(["write"])
+                texts += [str(handle.result(5.0)), writer.counts, vars(writer)]
+                texts += [repr(writer), repr(handle), repr(chosen)]
+            texts += [dataclasses.asdict(chosen), vars(handle)]
+        assert server.headers[0]["Authorization"] == f"Bearer {KEY}"  # it was sent
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == len(BEHAVIOURS) and all(f.stat().st_size for f in files)
+    assert not any(KEY.encode() in file.read_bytes() for file in files)
+    said = capfd.readouterr()
+    assert KEY not in f"{texts} {said.out} {said.err} {caplog.text}"
+    assert (
+        "the key is (key)" in (tmp_path / "tells_the_key/recording.jsonl").read_text()
+    )
+
+
+def test_a_failure_quotes_nothing_of_the_exchange():
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with serving("no_http") as server, exchange.Deadline(2.0) as deadline:
+        target = exchange.Target.of(server.url)
+        with pytest.raises(exchange.Failed) as caught:
+            exchange.post(target, b"{}", headers, 10, deadline)
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None
+    assert str(caught.value) == "network"
+
+
+@pytest.mark.parametrize("value", ["two words", "line\nend", "schlüssel", "a\x7f"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_repeated(value, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", value)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds spaces") as caught:
+        Writer(settings("http://h/v1"))
+    assert value not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "ftp://h/v1"}, "url='ftp://h/v1' must be http://HOST"),
+        ({"url": "file:///etc/passwd"}, "must be http://HOST"),
+        ({"url": "localhost:8000"}, "must be http://HOST"),
+        ({"url": "http://"}, "must be http://HOST"),
+        ({"url": ""}, "must be http://HOST"),
+        ({"url": "http://h/a b"}, "must be http://HOST"),
+        ({"url": "http://h:port"}, "the url is no address"),
+        ({"url": "http://h:99999"}, "the url is no address"),
+        ({"url": f"http://{'h' * 70}"}, "the url is no address"),
+        ({"url": f"http://me:{KEY}@h/v1"}, "the url holds a user name"),
+        ({"url": f"http://h/v1?key={KEY}"}, "the url holds .* a query"),
+        ({"model": ""}, "model is not set"),
+        ({"timeout_s": 0.0}, "timeout_s=0.0 must be more than 0"),
+        ({"timeout_s": float("nan")}, "timeout_s=nan must be"),
+        ({"timeout_s": float("inf")}, "timeout_s=inf must be at most"),
+        ({"max_bytes": 0}, "max_bytes=0 must be more than 0"),
+        ({"concurrency": 0}, "concurrency=0 must be more than 0"),
+        ({"retries": -1}, "retries=-1 must be 0 or more"),
+        ({"temperature": float("inf")}, "temperature=inf must be finite"),
+        ({"key_variable": KEY}, "key_variable is no name"),
+        ({"record": "a", "replay": "b"}, "record and replay are both set"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Endpoint(**{"url": "http://h/v1", "model": "m"} | options)
+    assert KEY not in str(caught.value)
+
+
+def test_a_recording_is_replayed_without_a_network(tmp_path):
+    path = tmp_path / "new" / "recording.jsonl"
+    with serving("counts") as server:
+        first = ask(server, ["a", "b", "a"], concurrency=1, record=str(path))
+        again = ask(server, ["a"], record=str(path))
+    assert first[0] == ["answer 1", "answer 2", "answer 3"]
+    assert again[0] == ["answer 4"]
+    assert [line["request"] for line in lines(path)] == ["a", "b", "a", "a"]
+    before = path.read_bytes()
+    answers, counts = ask("http://127.0.0.1:1/v1", "abaac", replay=str(path))
+    assert answers == ["answer 1", "answer 2", "answer 3", "answer 4", None]
+    assert counts == {"asked": 5, "answered": 4, "not_recorded": 1}
+    answers, _ = ask("http://127.0.0.1:1/v1", "aaaaab", replay=str(path))
+    assert answers[2:] == ["answer 4"] * 3 + ["answer 2"]  # the last one stays
+    assert path.read_bytes() == before
+
+
+def test_what_an_answer_depends_on_is_part_of_what_is_recorded(tmp_path):
+    path = str(tmp_path / "recording.jsonl")
+    with serving("good") as server:
+        ask(server, record=path, seed=1)
+    assert ask("http://elsewhere/v1", replay=path, seed=1)[0] == [skill()]
+    for other in ({"seed": 2}, {"seed": 1, "temperature": 0.1}, {"max_tokens": 9}):
+        _, counts = ask("http://elsewhere/v1", replay=path, **other)
+        assert counts == {"asked": 1, "not_recorded": 1}
+
+
+def test_failures_are_recorded_and_replayed(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    with serving("html") as server:
+        ask(server, record=str(path))
+    assert (lines(path)[0]["answer"], lines(path)[0]["failure"]) == (None, "not_json")
+    answers, counts = ask("http://h/v1", replay=str(path))
+    assert (answers, counts) == ([None], {"asked": 1, "not_json": 1})
+
+
+def test_equal_requests_are_recorded_in_the_order_their_answers_came_back(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    requests = ["a", "b", "a", "c", "a", "b"]
+    with serving("echoes") as server:
+        answers, _ = ask(server, requests, concurrency=6, record=str(path))
+    assert [line["request"] for line in lines(path)] == requests
+    assert [line["answer"] for line in lines(path)] == answers
+
+
+def exchanges(path, count=3):
+    recording = Recording(path)
+    for n in range(count):
+        recording.append(Exchange(f"h{n}", "é\u2028\ud800", f"answer {n}"))
+
+
+def test_the_rest_of_a_crash_is_passed_over_and_written_over(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    exchanges(path)
+    whole = path.read_bytes()
+    for cut in (1, 20, len(whole) // 3 - 1):
+        path.write_bytes(whole[:-cut])
+        replay = Replay(path)
+        assert replay.next("h1").answer == "answer 1"
+        assert (replay.next("h2") is None) == (cut > 1)
+    Recording(path).append(Exchange("h9", "r", None, "timeout"))
+    assert [line["hash"] for line in lines(path)] == ["h0", "h1", "h9"]
+    path.write_bytes(whole[:-1] + b"\x00garbage\n")
+    assert Replay(path).next("h2") is None
+
+
+def test_a_long_rest_of_a_crash_is_found_and_cut(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    exchanges(path, 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"x" * 200_000)
+    Recording(path)
+    assert path.read_bytes() == whole
+    path.write_bytes(b"x" * 200_000)
+    Recording(path)
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{", b"[1]", b"null", b'{"hash": "h"}', b"\xff", b"[" * 100_000]
+    + [
+        json.dumps(dataclasses.asdict(Exchange("h", "r", answer, failure))).encode()
+        for answer, failure in [(None, ""), ("a", "timeout"), (1, ""), (1, "timeout")]
+    ],
+)
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_damaged_line_is_named(line, where, tmp_path):
+    path = tmp_path / "recording.jsonl"
+    exchanges(path, 2)
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*whole[:where], line + b"\n", *whole[where:]]))
+    with pytest.raises(ValueError, match=f"jsonl line {where + 1} is damaged"):
+        Writer(settings("http://h/v1", replay=str(path)))
+
+
+def test_a_recording_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no recording .*none.jsonl"):
+        Writer(settings("http://h/v1", replay=str(tmp_path / "none.jsonl")))
+
+
+def test_a_recording_that_cannot_be_written_is_told_where_it_is_waited_for(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    with (
+        serving("good") as server,
+        Writer(settings(server, record=str(path))) as writer,
+    ):
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(OSError, match=r"recording.jsonl"):
+            writer.write(["write"])
+
+
+def test_one_may_go_on_while_it_is_asked():
+    with serving("echoes") as server, Writer(settings(server)) as writer:
+        begun = time.monotonic()
+        handles = [writer.submit([str(n)]) for n in range(3)]
+        assert time.monotonic() - begun < 0.09
+        assert not handles[0].ready()
+        with pytest.raises(TimeoutError, match="1 answers are not there yet"):
+            handles[0].result(0.001)
+        assert [handle.result(2.0) for handle in handles] == [
+            [f"re: {n}"] for n in "012"
+        ]
+        assert all(handle.ready() for handle in handles)
+        assert handles[0].result() == ["re: 0"]
+        assert writer.submit([]).ready() and writer.write([]) == []
+
+
+def test_close_ends_what_is_under_way_and_what_waits(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    with serving("slow") as server:
+        options = {"timeout_s": 60.0, "retries": 3, "concurrency": 2}
+        writer = Writer(settings(server, record=str(path), **options))
+        handle = writer.submit(["a"] * 5)
+        while len(server.asked) < 2:
+            time.sleep(0.005)
+        begun = time.monotonic()
+        writer.close()
+        assert handle.result(0.5) == [None] * 5
+        assert time.monotonic() - begun < 1.0
+    assert writer.counts == {"asked": 5, "closed": 5}
+    assert not path.read_bytes()  # nothing became of them
+    writer.close()
+    with pytest.raises(ValueError, match="the writer is closed"):
+        writer.submit(["a"])
+
+
+def test_close_ends_a_pause():
+    with serving("fails_then_works", times=9) as server:
+        options = {"retries": 3, "backoff_s": 60.0, "max_wait_s": 60.0}
+        writer = Writer(settings(server, **options))
+        handle = writer.submit(["a"])
+        while "retried" not in writer.counts:
+            time.sleep(0.005)
+        begun = time.monotonic()
+        writer.close()
+        assert handle.result(0.5) == [None]
+        assert time.monotonic() - begun < 1.0
+    assert writer.counts == {"asked": 1, "retried": 1, "closed": 1}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_of_ours_ends_the_wait(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "_content", broken)
+    with serving("good") as server, Writer(settings(server)) as writer:
+        assert writer.submit(["a"] * 9).result(5.0) == [None] * 9
+        with pytest.raises(ValueError, match="the writer is closed"):
+            writer.write(["a"])
+
+
+def test_a_writer_that_is_never_closed_lets_the_process_end():
+    code = (
+        "import sys\n"
+        "from skillsd_jax.skills.endpoint import Endpoint, Writer\n"
+        "writer = Writer(Endpoint(sys.argv[1], 'm', timeout_s=60.0))\n"
+        "handle = writer.submit(['a'] * 9)\n"
+    )
+    with serving("slow") as server:
+        subprocess.run(
+            [sys.executable, "-c", code, server.url],
+            check=True,
+            timeout=20,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+
+def test_a_writer_makes_skills():
+    groups = [written.Group([episode(n)], [f"1/{n}"], 1) for n in range(4)]
+    writing = written.Writing("endpoint", WORDS)
+    with (
+        serving("fails_then_works", times=1) as server,
+        Writer(settings(server, concurrency=2)) as writer,
+    ):
+        made, outcomes = written.skills(groups, writer.write, writing)
+    assert len(made) == 3 and outcomes == {"made": 3, "failed": 1}
+    assert {one.maker for one in made} == {"endpoint"}
+
+
+def test_an_html_page_as_an_answer_is_no_skill():
+    with pytest.raises(Unreadable, match="not_json"):
+        written.parse("<html><style>a {b: c}</style></html>", WORDS)
