@@ -31,7 +31,7 @@ class Author:
     temperature: float
 
     @classmethod
-    def of(cls, player: rollout.Player, config: settings.Skills) -> "Author":
+    def of(cls, player: rollout.Player, config: settings.Author) -> "Author":
         return cls(
             player,
             config.max_request_length,

@@ -164,13 +164,47 @@ class Teacher:
 
 
 @dataclasses.dataclass
+class Author:
+    """The policy as the writer of skills."""
+
+    max_request_length: int = 512  # tokens; of a longer request the middle is left out
+    max_answer_length: int = 96  # tokens
+    rows: int = 16  # answers written at once
+    temperature: float = 0.4  # 0: greedy
+
+
+@dataclasses.dataclass
+class Endpoint:
+    """A server with the chat interface of OpenAI as the writer of skills."""
+
+    url: str = ""  # e.g. http://localhost:8000/v1
+    model: str = ""  # as the server calls it
+    temperature: float = 0.7
+    max_tokens: int = 512  # of an answer
+    key_variable: str = "OPENAI_API_KEY"  # environment variable with the key
+    timeout_s: float = 60.0  # of one attempt
+    retries: int = 3
+    concurrency: int = 8  # requests at a time
+    lag: int = 1  # iterations from an episode to when its skill enters the bank
+    late: str = (
+        "wait"  # what is not there by then is waited for, or dropped: wait, drop
+    )
+    record: str = ""  # file that takes every request and answer
+    replay: str = ""  # file to answer from, without a server
+
+
+@dataclasses.dataclass
 class Skills:
-    maker: str = "template"
+    maker: str = "template"  # template, policy, endpoint
+    comparative: bool = False  # one skill from a group's successes and failures
+    asynchronous: bool = False  # endpoint: enters when it is there; not reproducible
     retrieval: str = "ucb"
     exploration: float = 1.0  # c of UCB
     per_group: int = 2  # best episodes of a group that are summarised
     capacity: int = 8  # skills per task
     allow_own: bool = False  # a row may be shown the skill of its own episode
+    author: Author = field(default_factory=Author)
+    endpoint: Endpoint = field(default_factory=Endpoint)
 
 
 @dataclasses.dataclass
@@ -212,6 +246,7 @@ class Evaluate:
     top_p: float = 1.0  # only the likeliest words that together reach it; 1: all
     greedy: bool = True  # also T = 0, before and after
     teacher_tasks: int = 128  # panel of the teacher
+    teacher_every: int = 0  # iterations; 0: only before and after
     split: str = "test"  # panel of before and after; 'validation' to choose settings
 
 

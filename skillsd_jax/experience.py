@@ -43,31 +43,41 @@ class Experience:
         return [i for i, t in enumerate(self.trajectories) if t.ending not in FAULTS]
 
 
-def summarize(
-    experience: Experience, bank: skill_bank.Bank, per_group: int
-) -> list[skill_bank.Skill]:
-    """Skills from the best episodes of each group.
+def groups(
+    experience: Experience, bank: skill_bank.Bank, config: settings.Skills
+) -> list[summarizer.Group]:
+    """The episodes that skills are to be written from, one skill each.
 
-    A failed episode is summarised only while its task has no solved one: a recipe that
-    did not work is shown to a teacher for want of a better one.
+    The best of each task's episodes. A failed one is summarised only while its task has
+    no solved one: a recipe that did not work is shown to a teacher for want of a better
+    one. With `config.comparative` a task's solved and failed episodes go together where
+    it has both.
     """
     members = collections.defaultdict(list)
     for index in experience.usable:
         members[experience.groups[index]].append(index)
-    skills = []
+    found = []
     for indices in members.values():
-        group = [experience.trajectories[i] for i in indices]
-        known = bank.for_task(group[0].task.key)
-        solved = any(t.success for t in group) or any(s.reward == 1 for s in known)
-        best = [indices[j] for j in summarizer.select(group, per_group)]
-        for i in best:
-            if solved and not experience.trajectories[i].success:
-                continue
-            skill = summarizer.summarize(
-                experience.trajectories[i], experience.iteration, experience.source(i)
-            )
-            skills.append(skill)
-    return skills
+        episodes = [experience.trajectories[i] for i in indices]
+        ranked = [indices[j] for j in summarizer.select(episodes, len(indices))]
+        solved = [i for i in ranked if experience.trajectories[i].success]
+        failed = [i for i in ranked if not experience.trajectories[i].success]
+        if config.comparative and solved and failed:
+            some = config.per_group
+            found.append([*solved[:some], *failed[:some]])
+            continue
+        task = experience.trajectories[indices[0]].task
+        known = any(skill.reward == 1 for skill in bank.for_task(task.key))
+        best = ranked[: config.per_group]
+        found += [[i] for i in best if i in solved or not (solved or known)]
+    return [
+        summarizer.Group(
+            [experience.trajectories[i] for i in indices],
+            [experience.source(i) for i in indices],
+            experience.iteration,
+        )
+        for indices in found
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +330,18 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "tokens": sum(_scored(t) for t in trajectories),
         "prompts_cut": sum(t.cut for t in trajectories),
         "replies_cut": _mean([not turn.stopped for turn in turns]),
+    }
+
+
+def reuse(shown: Shown, bank: skill_bank.Bank, iteration: int) -> dict[str, float]:
+    """Of the skills shown: iterations since they entered the bank, earlier shows.
+
+    Ask before this iteration's are credited. Skills that no bank holds are left out.
+    """
+    held = [skill for skills in shown for skill in skills if skill.id in bank]
+    return {
+        "age": _mean([iteration - skill.born for skill in held]),
+        "uses": _mean([bank.stats(skill.id).uses for skill in held]),
     }
 
 

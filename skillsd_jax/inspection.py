@@ -191,4 +191,6 @@ def _figures(seen: Inspected, number: int, row: tokens.Row) -> Table:
 
 def _printable(text: str) -> str:
     """The text without what could steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

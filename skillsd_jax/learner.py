@@ -47,6 +47,11 @@ class LearnerState:
         """The whole student: who plays."""
         return self.whole(self.params)
 
+    @property
+    def taught(self) -> Params:
+        """The teacher's weights, where it has the student's shape."""
+        return self.weights if self.teacher is None else self.whole(self.teacher)
+
     def whole(self, params: Params) -> Params:
         """`params` on the base, if they are adapters."""
         return params if self.frozen is None else lora.join(params, self.frozen)
@@ -381,11 +386,14 @@ class Learner:
 def means(sums: dict[str, tuple[Array, Array]]) -> dict[str, float]:
     """Divides the sums of `Learner.update`, once, on the host.
 
-    Losses are means over minibatches; everything else is weighted by tokens.
+    Losses are means over minibatches; everything else is weighted by tokens. A gap of
+    no tokens is left out.
     """
     values = jax.device_get(sums)
     minibatches, out = float(values.pop("minibatches")[0]), {}
     for name, (total, weight) in sorted(values.items()):
+        if name.startswith("gap_") and not weight:
+            continue  # of turns that nobody reached, of words that nobody thought
         divisor = minibatches if name.startswith("loss_") else float(weight)
         out[name] = float(total) / max(divisor, 1e-9)
     out["loss"] = sum(v for name, v in out.items() if name.startswith("loss_"))

@@ -327,13 +327,22 @@ def table(summary: Mapping) -> str:
             change = 100 * (after["success"] - before["success"])
             rows.append((label, _rate(before), _rate(after), f"{change:+.1f} points"))
             rows += _families(before, after)
-    for label, name in (
-        ("teacher, expert's skill", "teacher_before"),
-        ("teacher, own skill", "teacher_before_own_skills"),
-        ("student, same tasks", "student_on_teacher_panel"),
+    for label, before, after in (
+        ("teacher, expert's skill", "teacher_before", "teacher_after"),
+        (
+            "teacher, own skill",
+            "teacher_before_own_skills",
+            "teacher_after_own_skills",
+        ),
+        (
+            "student, same tasks",
+            "student_on_teacher_panel",
+            "student_on_teacher_panel_after",
+        ),
     ):
-        if name in summary:
-            rows.append((label, _rate(summary[name]), "", ""))
+        if before in summary:
+            trained = _rate(summary[after]) if after in summary else ""
+            rows.append((label, _rate(summary[before]), trained, ""))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()

@@ -93,37 +93,46 @@ class Panels:
             results["_with_skills"] = self.student(params, hint=hint)
         return results
 
-    def teacher(self, params: Any) -> dict[str, dict[str, float]]:
-        """Student and teacher on the teacher's panel.
+    def teacher(
+        self, student: Any, teacher: Any, when: str
+    ) -> dict[str, dict[str, float]]:
+        """The student without a skill and the teacher with one, on the teacher's panel.
 
         Each task's skill is written from one expert episode of it, or from the
         student's own single episode, shown once and discarded.
+
+        Args:
+          student, teacher: weights.
+          when: 'before' or 'after', in the names of summary.json; '': as metrics.
         """
         expert = {
             seed: summarizer.render(imitate.expert_skill(self._teacher, seed))
             for seed in range(self.taught.size)
         }
         with self._open("teacher") as stage:
-            results = self._taught(params, stage, expert)
+            plain, taught, own = self._taught(student, teacher, stage, expert)
             self._faults.update(stage.counts())
-        return results
+        if not when:
+            return {"student": plain, "expert_skill": taught, "own_skill": own}
+        suffix = "" if when == "before" else f"_{when}"
+        return {
+            f"student_on_teacher_panel{suffix}": plain,
+            f"teacher_{when}": taught,
+            f"teacher_{when}_own_skills": own,
+        }
 
     def _taught(
-        self, params: Any, stage: Stage, expert: dict[int, str]
-    ) -> dict[str, dict[str, float]]:
-        plain, episodes = self._play(params, stage, None)
+        self, student: Any, teacher: Any, stage: Stage, expert: dict[int, str]
+    ) -> tuple[dict[str, float], ...]:
+        plain, episodes = self._play(student, stage, None)
         own = {
             t.task.seed: summarizer.render(summarizer.summarize(t, 0, "own"))
             for t in episodes
             if t.turns
         }
-        taught, _ = self._play(params, stage, lambda task: expert[task.seed])
-        self_taught, _ = self._play(params, stage, lambda task: own.get(task.seed))
-        return {
-            "student_on_teacher_panel": plain.record(),
-            "teacher_before": taught.record(),
-            "teacher_before_own_skills": self_taught.record(),
-        }
+        taught, _ = self._play(teacher, stage, lambda task: expert[task.seed])
+        self_taught, _ = self._play(teacher, stage, lambda task: own.get(task.seed))
+        return plain.record(), taught.record(), self_taught.record()
 
     def _play(self, params: Any, stage: Stage, hint: Hint | None):
         episodes = rollout.collect(

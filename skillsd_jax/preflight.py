@@ -2,7 +2,7 @@
 
 import jax
 
-from skillsd_jax import agent, learner, optimizers, rollout
+from skillsd_jax import agent, learner, optimizers, rollout, summaries
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
@@ -30,6 +30,7 @@ def check(config: settings.Config) -> None:
         },
     )
     _check_method(config)
+    _check_skills(config)
     _probe(config)
 
 
@@ -71,6 +72,21 @@ def _check_method(config: settings.Config) -> None:
             f"objective.name={config.objective.name} with an external teacher needs "
             "its weights; pass --config.teacher.path=FOLDER, a Hugging Face folder of "
             "the student's vocabulary"
+        )
+
+
+def _check_skills(config: settings.Config) -> None:
+    """Whoever is to write them can be asked."""
+    skills = config.skills
+    if skills.maker == "endpoint":
+        try:
+            summaries.asked_of(skills.endpoint, config.seed)
+        except ValueError as fault:
+            raise Refused(str(fault)) from fault
+    elif skills.asynchronous:
+        raise Refused(
+            f"skills.asynchronous is of skills.maker=endpoint alone; {skills.maker} "
+            "writes while the loop waits"
         )
 
 

@@ -180,7 +180,11 @@ class Prompter:
 
     def fits(self, skill_text: str) -> bool:
         """Whether the skill, whole, takes at most `max_skill_length` tokens."""
-        return len(self._shown(skill_text)) <= self.config.max_skill_length
+        return self.size(skill_text) <= self.config.max_skill_length
+
+    def size(self, skill_text: str) -> int:
+        """Tokens that a skill adds to a prompt."""
+        return len(self._shown(skill_text))
 
     def skilled(
         self, context: Sequence[Segment], skill_text: str

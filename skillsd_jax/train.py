@@ -27,6 +27,7 @@ from skillsd_jax import (
     practice,
     preflight,
     rollout,
+    summaries,
     timing,
     tokens,
     validation,
@@ -36,7 +37,7 @@ from skillsd_jax.losses.objective import recipe
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import summarizer
 
-PURPOSES = ("rollout", "evaluate", "teacher")
+PURPOSES = ("rollout", "evaluate", "teacher", "summary")
 
 
 def run(config: settings.Config, workdir: str) -> dict[str, Any]:
@@ -119,6 +120,9 @@ class Run:
             self.expert,
         )
         self.bank = skill_bank.Bank(config.skills.capacity)
+        writes = functools.partial(key_for, config.seed, "summary")
+        self.summaries = summaries.Summaries(config, self.player, writes)
+        stack.callback(self.summaries.close)
         self.environment_steps = 0
         with self.clock("panels"):
             self.panels = panels.Panels(
@@ -159,12 +163,13 @@ class Run:
         with self.clock("compile"):
             for player in (self.player, self.panels.player):
                 rollout.warm_up(player, self.state.weights, self.recipe.hinted)
+            self.summaries.warm_up(self.state.weights)
         if not self.host:
             self.progress.say("before: student on the test panel, teacher on its own")
             with self.clock("evaluate"):
                 self.host |= self._standing("before")
             with self.clock("teacher"):
-                self.host |= self.panels.teacher(self.state.weights)
+                self.host |= self._teacher("before")
             self.clock.lap()
         self.writer = metrics.open_writer(self.config.writers, self.workdir, start)
         for iteration in range(start, self.config.iterations):
@@ -196,16 +201,13 @@ class Run:
             practiced = self.practice.episodes(self.state.weights, iteration, self.bank)
             played = practiced.kept
         with clock("skills"):
-            made = experience.summarize(played, self.bank, config.skills.per_group)
-            self.bank.absorb(made)
+            made = self.summaries.take(played, self.bank, self.state.weights)
+            self.bank.absorb(made.skills)
             views = self._views(played, iteration)
-        with clock("pack"):
-            batch = self._batch(views.rows, iteration)
-        with clock("update"):
-            self.state, sums = self.learner.update(self.state, batch)
-            figures = learner.means(sums)
+        figures = self._learn(views.rows, iteration)
         shown = practiced.hints if self.recipe.student_skill else views.shown
         with clock("skills"):
+            reuse = experience.reuse(shown, self.bank, iteration)
             self._credit(played, shown)
         taught = [row.teacher is not None for row in views.rows]
         hinted = [len(skills) > 0 for skills in practiced.hints]
@@ -216,10 +218,11 @@ class Run:
             "groups_dropped": practiced.dropped,
             "skills": {
                 "held": len(self.bank),
-                "made": len(made),
+                **made.counts,
                 "used": _mean(hinted if self.recipe.student_skill else taught),
                 "cut": views.cut,
                 "dropped": views.dropped,
+                **reuse,
             },
         }
         self.environment_steps += sum(len(t.turns) for t in practiced.played)
@@ -245,6 +248,16 @@ class Run:
             self.config.objective,
             {"plain": "plain", "rescued": "played"}.get(self.recipe.shown, "skill"),
         )
+
+    def _learn(self, rows: list[tokens.Row], iteration: int) -> dict[str, float]:
+        """Updates the student, where the method does."""
+        if not self.recipe.terms:
+            return {}
+        with self.clock("pack"):
+            batch = self._batch(rows, iteration)
+        with self.clock("update"):
+            self.state, sums = self.learner.update(self.state, batch)
+            return learner.means(sums)
 
     def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.TokenBatch:
         batch = tokens.pack(
@@ -282,11 +295,22 @@ class Run:
         return {when + name: dataclasses.asdict(r) for name, r in results.items()}
 
     def _during(self, iteration: int) -> dict[str, Any]:
-        every, done = self.config.evaluate.every, iteration + 1
-        if not every or done % every or done == self.config.iterations:
-            return {}
-        result = self.panels.student(self.state.weights)
-        return {"evaluation": dataclasses.asdict(result)}
+        setting, done, found = self.config.evaluate, iteration + 1, {}
+        if done == self.config.iterations:
+            return found
+        if setting.every and done % setting.every == 0:
+            result = self.panels.student(self.state.weights)
+            found["evaluation"] = dataclasses.asdict(result)
+        if setting.teacher_every and done % setting.teacher_every == 0:
+            found["teacher"] = self._teacher("")
+        return found
+
+    def _teacher(self, when: str) -> dict[str, Any]:
+        """Figures of the teacher's panel; another model's weights are not played with."""
+        student = self.state.weights
+        external = self.teacher_record["kind"] == "external"
+        teacher = student if external else self.state.taught
+        return self.panels.teacher(student, teacher, when)
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
@@ -301,6 +325,7 @@ class Run:
             host = {
                 "figures": self.host,
                 "bank": self.bank.state(),
+                "summaries": self.summaries.state(),
                 "environment_steps": self.environment_steps,
                 "seconds": dict(self.clock.total),
                 "origin": self.origin,
@@ -321,6 +346,7 @@ class Run:
         self.state = dataclasses.replace(moving, **self._fixed())
         self.host = host["figures"]
         self.bank = skill_bank.Bank.from_state(host["bank"])
+        self.summaries.restore(host.get("summaries", ()))
         self.environment_steps = host["environment_steps"]
         self.clock = timing.Clock(host["seconds"])
         self.progress.say(f"resumed after iteration {done}")
@@ -341,6 +367,8 @@ class Run:
         """Final figures, summary.json and the table."""
         with self.clock("evaluate"):
             after = self._standing("after")
+        with self.clock("teacher"):
+            after |= self._teacher("after")
         self.bank.save(self.workdir / "skills.jsonl")
         summary = {
             "config": settings.to_dict(self.config),

@@ -92,10 +92,15 @@ def played(prompter):
     )
 
 
+def summarized(played, bank, config=None):
+    found = experience.groups(played, bank, config or settings.Skills())
+    return [summarizer.compare(group, played.iteration) for group in found]
+
+
 def shown(played, **options):
     config = settings.Skills(**options)
     bank = skill_bank.Bank(config.capacity)
-    bank.absorb(experience.summarize(played, bank, config.per_group))
+    bank.absorb(summarized(played, bank, config))
     return bank, experience.SHOWN["skill"](played, sources(bank, config))
 
 
@@ -110,14 +115,14 @@ def sources(bank=None, config=None, expert=None):
 
 def test_a_sibling_is_a_solved_episode_of_the_group_and_not_the_row_itself(played):
     found = experience.siblings(played, sources())
-    assert [skill and skill.source for skill in found[:2]] == ["5/1", "5/0"]
-    assert found[2].source in ("5/0", "5/1")
-    assert found[3] is None  # nobody solved its task
+    assert [skill.source for (skill,) in found[:2]] == ["5/1", "5/0"]
+    assert found[2][0].source in ("5/0", "5/1")
+    assert found[3] == ()  # nobody solved its task
 
 
 def test_an_expert_shows_the_same_skill_to_a_whole_group(played):
     asked = experience.experts(played, sources(expert=lambda seed: f"skill {seed}"))
-    assert asked == ["skill 3", "skill 3", "skill 3", None]
+    assert asked == [("skill 3",)] * 3 + [()]
 
 
 def test_another_model_reads_the_plain_view(played, prompter):
@@ -140,7 +145,7 @@ def test_an_episode_played_with_a_skill_is_learned_without_it(played, prompter):
     first = dataclasses.replace(played.trajectories[0], contexts=tuple(hinted))
     both = experience.Experience([first, played.trajectories[2]], [0, 1], 0)
     made = experience.views(
-        both, [None, None], prompter, settings.Objective(), teacher_reads="played"
+        both, [(), ()], prompter, settings.Objective(), teacher_reads="played"
     )
     rescued = [row for row in made.rows if row.trajectory == 0]
     assert [row.teacher for row in rescued] == hinted
@@ -159,24 +164,24 @@ def test_an_expert_is_not_asked_about_an_episode_that_broke(played):
         assert seed == 3
         return "skill"
 
-    assert experience.experts(played, sources(expert=expert))[3] is None
+    assert experience.experts(played, sources(expert=expert))[3] == ()
 
 
 def test_a_task_has_one_hint_for_its_whole_group(played, prompter):
     bank = skill_bank.Bank(4)
-    bank.absorb(experience.summarize(played, bank, 2))
+    bank.absorb(summarized(played, bank))
     retrieval = settings.Skills(retrieval="random")
     hints = experience.Hints(bank, retrieval, [0], prompter)
     task, other = played.trajectories[0].task, played.trajectories[3].task
     said = {hints.text(task) for _ in range(9)}
     assert len(said) == 1 and said != {None}
     other = dataclasses.replace(other, family="unheard of")
-    assert hints.text(other) is None and hints.shown[other.key] is None
+    assert hints.text(other) is None and hints.shown[other.key] == ()
 
 
 def test_what_a_task_is_shown_does_not_depend_on_who_asks_first(played, prompter):
     bank = skill_bank.Bank(4)
-    bank.absorb(experience.summarize(played, bank, 2))
+    bank.absorb(summarized(played, bank))
     tasks = [t.task for t in played.trajectories[:1]] + [
         dataclasses.replace(played.trajectories[0].task, seed=seed)
         for seed in range(100, 130)
@@ -191,22 +196,22 @@ def test_what_a_task_is_shown_does_not_depend_on_who_asks_first(played, prompter
 
 def test_a_hint_that_does_not_fit_is_not_shown(played):
     bank = skill_bank.Bank(4)
-    bank.absorb(experience.summarize(played, bank, 2))
+    bank.absorb(summarized(played, bank))
     tight = Prompter(Words(), settings.Prompt(max_skill_length=3))
     hints = experience.Hints(bank, settings.Skills(), [0], tight)
     task = played.trajectories[0].task
-    assert hints.text(task) is None and hints.shown[task.key] is None
+    assert hints.text(task) is None and hints.shown[task.key] == ()
 
 
 def test_the_best_episodes_of_a_group_are_summarised(played):
-    made = experience.summarize(played, skill_bank.Bank(4), per_group=3)
+    made = summarized(played, skill_bank.Bank(4), settings.Skills(per_group=3))
     assert [skill.source for skill in made] == ["5/0", "5/1"]
     assert made[0].golden_workflow == SOLVED
 
 
 def test_no_row_is_shown_the_skill_of_its_own_episode(played):
     _, skills = shown(played)
-    sources = [skill.source for skill in skills[:3]]
+    sources = [skill.source for (skill,) in skills[:3]]
     assert sources[:2] == ["5/1", "5/0"] and sources[2] in ("5/0", "5/1")
 
 
@@ -235,7 +240,7 @@ def test_a_skill_too_long_to_show_whole_is_dropped_and_counted(played):
     views = experience.views(played, skills, narrow, settings.Objective())
     assert views.dropped == 3
     assert all(row.teacher is None for row in views.rows)
-    assert views.shown[:3] == [None] * 3
+    assert views.shown[:3] == [()] * 3
 
 
 def test_invalid_turns_cost_the_penalty_each(prompter):

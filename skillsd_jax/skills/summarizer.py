@@ -4,6 +4,7 @@ The three fields are few tokens in a fixed order, in the words that observations
 commands use, so that a very small network can look an answer up in one hop.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -46,7 +47,48 @@ def summarize(trajectory: Trajectory, born: int, source: str) -> Skill:
     )
 
 
-MAKERS = {"template": summarize}
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Episodes of one task that one skill is to be written from.
+
+    Args:
+      trajectories: one, or several to compare.
+      sources: their ids.
+      policy: iterations that whoever played them had learned from.
+    """
+
+    trajectories: Sequence[Trajectory]
+    sources: Sequence[str]
+    policy: int = 0
+
+    def __post_init__(self):
+        tasks = {trajectory.task.key for trajectory in self.trajectories}
+        if len(tasks) != 1 or len(self.sources) != len(self.trajectories):
+            raise ValueError(
+                f"{len(self.trajectories)} episodes of {len(tasks)} tasks with "
+                f"{len(self.sources)} sources; give episodes of one task, a source each"
+            )
+
+
+def compare(group: Group, born: int) -> Skill:
+    """The skill of the first episode; its mistakes are those of the first that failed.
+
+    Args:
+      group: best episode first.
+      born: iteration in which the skill enters the bank.
+    """
+    best = group.trajectories[0]
+    skill = summarize(best, born, "+".join(group.sources))
+    failed = [t for t in group.trajectories[1:] if not t.success]
+    mistake = skill.mistake_analysis
+    if failed:
+        mistake = _mistake(failed[0], skill.golden_workflow)
+    return dataclasses.replace(
+        skill,
+        id=skill_id(skill.task, skill.success_analysis, mistake, skill.golden_workflow),
+        mistake_analysis=mistake,
+        policy=group.policy,
+    )
 
 
 def unit_reward(trajectory: Trajectory) -> float:

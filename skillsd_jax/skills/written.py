@@ -13,15 +13,13 @@ from collections.abc import Callable, Sequence
 from skillsd_jax import artifacts
 from skillsd_jax.skills import untrusted
 from skillsd_jax.skills.bank import Skill, skill_id
-from skillsd_jax.skills.summarizer import render, unit_reward
+from skillsd_jax.skills.summarizer import Group, render, unit_reward
 from skillsd_jax.trajectory import Trajectory, Turn
 
 # Why an answer is no skill.
 REASONS = ("empty", "not_json", "wrong_shape", "too_long")
 # What becomes of a request: a skill, no answer, or an answer that is none.
 OUTCOMES = ("made", "failed", *REASONS)
-
-Write = Callable[[list[str]], list[str | None]]
 
 
 class Unreadable(ValueError):
@@ -90,28 +88,32 @@ class Fields:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """Episodes of one task that one skill is to be written from.
+class Request:
+    """What is asked, and what the skill will be filed under; plain values.
 
     Args:
-      trajectories: one, or several to compare.
-      sources: their ids.
-      born: iteration.
-      policy: iterations that whoever played them had learned from.
+      text: what is asked.
+      task, family, source, policy, reward: of the skill, see Skill.
     """
 
-    trajectories: Sequence[Trajectory]
-    sources: Sequence[str]
-    born: int
-    policy: int = 0
+    text: str
+    task: str
+    family: str
+    source: str
+    policy: int
+    reward: float
 
-    def __post_init__(self):
-        tasks = {trajectory.task.key for trajectory in self.trajectories}
-        if len(tasks) != 1 or len(self.sources) != len(self.trajectories):
-            raise ValueError(
-                f"{len(self.trajectories)} episodes of {len(tasks)} tasks with "
-                f"{len(self.sources)} sources; give episodes of one task, a source each"
-            )
+    @classmethod
+    def of(cls, group: Group, limits: "Limits") -> "Request":
+        task = group.trajectories[0].task
+        return cls(
+            text=request(group.trajectories, limits),
+            task=task.key,
+            family=task.family,
+            source="+".join(group.sources),
+            policy=group.policy,
+            reward=max(unit_reward(trajectory) for trajectory in group.trajectories),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,29 +125,22 @@ class Writing:
     limits: Limits = Limits()
 
 
-def skills(
-    groups: Sequence[Group], write: Write, writing: Writing
-) -> tuple[list[Skill], Counter]:
-    """Asks for one skill per group.
+def read(
+    requests: Sequence[Request],
+    answers: Sequence[str | None],
+    writing: Writing,
+    born: int,
+) -> tuple[list[Skill], Counter[str]]:
+    """The skills that could be read, and how often each of OUTCOMES came.
 
     Args:
-      groups: what to write from.
-      write: requests to answers in the same order; None: no answer to that one.
+      requests: what was asked.
+      answers: in the same order; None: no answer to that one.
       writing: settings.
-
-    Returns:
-      The skills that could be read, and how often each of OUTCOMES came.
+      born: iteration in which the skills enter the bank.
     """
-    asked = [request(group.trajectories, writing.limits) for group in groups]
-    return read(groups, write(asked) if asked else [], writing)
-
-
-def read(
-    groups: Sequence[Group], answers: Sequence[str | None], writing: Writing
-) -> tuple[list[Skill], Counter]:
-    """`skills` where the answers are there already, one per group."""
     made, outcomes = [], Counter()
-    for group, answer in zip(groups, answers, strict=True):
+    for asked, answer in zip(requests, answers, strict=True):
         if answer is None:
             outcomes["failed"] += 1
             continue
@@ -154,7 +149,7 @@ def read(
         except Unreadable as unreadable:
             outcomes[unreadable.reason] += 1
             continue
-        made.append(_skill(group, fields, writing.maker))
+        made.append(_skill(asked, fields, writing.maker, born))
         outcomes["made"] += 1
     return made, outcomes
 
@@ -217,26 +212,23 @@ def parse(text: str, room: Room) -> Fields:
         success_analysis=fields.success_analysis or "none",
         mistake_analysis=fields.mistake_analysis or "none",
     )
-    if room.measure(render(_skill(None, fields, ""))) > room.tokens:
+    nothing = Request("", "", "", "", 0, 0.0)
+    if room.measure(render(_skill(nothing, fields, "", 0))) > room.tokens:
         raise Unreadable("too_long")
     return fields
 
 
-def _skill(group: Group | None, fields: Fields, maker: str) -> Skill:
-    """The skill of a group; without one, the text alone."""
+def _skill(asked: Request, fields: Fields, maker: str, born: int) -> Skill:
     words = dataclasses.astuple(fields)
-    if group is None:
-        return Skill("", *words, "", "", "", 0, 0.0)
-    task = group.trajectories[0].task
     return Skill(
-        skill_id(task.key, *words),
+        skill_id(asked.task, *words),
         *words,
-        task=task.key,
-        family=task.family,
-        source="+".join(group.sources),
-        born=group.born,
-        reward=max(unit_reward(trajectory) for trajectory in group.trajectories),
-        policy=group.policy,
+        task=asked.task,
+        family=asked.family,
+        source=asked.source,
+        born=born,
+        reward=asked.reward,
+        policy=asked.policy,
         maker=maker,
     )
 

@@ -29,6 +29,12 @@ OBJECTIVES = {
         terms=GRPO,
         student_skill=True,
     ),
+    "skill_prompt": Recipe(
+        "no training: the start plays with skills of its own episodes in the prompt",
+        source="baseline of arXiv 2604.10674 and 2605.15155",
+        terms=(),
+        student_skill=True,
+    ),
     "skill_sd": Recipe(
         "GRPO + λ ρ(e^−ℓ − 1 + ℓ): reverse KL to the skilled view",
         source="arXiv 2604.10674",

@@ -174,6 +174,8 @@ class Recipe:
             weight = on_skilled(signals, objective) * signals.mask
             metrics["gap"] = (signals.gap, weight)
             metrics["gap_squared"] = (signals.gap**2, weight)
+            for name, where in _places(signals).items():
+                metrics[f"gap_{name}"] = (signals.gap, weight * where)
         weight = by_segment(signals, objective.reason_weight, objective.action_weight)
         terms: dict[str, Array] = {}
         for term in self.terms:
@@ -183,6 +185,25 @@ class Recipe:
                 terms[name] = terms.get(name, 0) + inside
             metrics.update(output.metrics)
         return Output(terms, stop_gradient(_as_float(metrics)))
+
+
+TURNS = (1, 2, 4, 8, 16, 32)  # last turn of a span, counted from 1
+
+
+def _places(signals: Signals) -> dict[str, Float[Array, "B R"]]:
+    """1 on reasoning or action tokens, and on those of spans of turns."""
+    places: dict[str, Array] = {}
+    if signals.segment is not None:
+        places |= {"reason": signals.segment == 1, "action": signals.segment == 2}
+    if signals.turn is not None:
+        turn, before = signals.turn + 1, 0
+        for last in TURNS:
+            first = before + 1
+            name = f"turn_{first}" if first == last else f"turn_{first}_{last}"
+            places[name] = (turn >= first) & (turn <= last)
+            before = last
+        places[f"turn_{before + 1}_on"] = turn > before
+    return places
 
 
 SEGMENTS = (

@@ -1,0 +1,177 @@
+"""Finished episodes become skills: by whom, and in which iteration they enter the bank.
+
+template   rules, in the iteration of the episode
+policy     the student writes, in the iteration of the episode
+endpoint   a server writes; a skill enters `endpoint.lag` iterations later, or with
+           skills.asynchronous as soon as it is there
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from skillsd_jax import author, experience, rollout
+from skillsd_jax import config as settings
+from skillsd_jax.skills import bank as skill_bank
+from skillsd_jax.skills import endpoint, summarizer, written
+
+# What becomes of what is asked; figures of every iteration.
+FIGURES = ("asked", *written.OUTCOMES, "late", "waiting")
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Skills that enter the bank now, and counts by name of FIGURES."""
+
+    skills: list[skill_bank.Skill]
+    counts: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A request under way, and the iteration in which its skill is to enter."""
+
+    request: written.Request
+    due: int
+    handle: endpoint.Handle
+
+
+class Summaries:
+    """Writes the skills of a run.
+
+    Args:
+      config: the run's settings.
+      player: whose network, tokenizer and prompting.
+      keys: sampling key of an iteration.
+
+    Raises:
+      ValueError: the endpoint cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: settings.Config,
+        player: rollout.Player,
+        keys: Callable[[int], jax.Array],
+    ):
+        self.config, self.keys = config.skills, keys
+        room = written.Room(config.prompt.max_skill_length, player.prompter.size)
+        self.writing = written.Writing(self.config.maker, room)
+        self.make = {
+            "template": self._template,
+            "policy": self._policy,
+            "endpoint": self._endpoint,
+        }[self.config.maker]
+        self.author = author.Author.of(player, self.config.author)
+        self.writer: endpoint.Writer | None = None
+        if self.config.maker == "endpoint":
+            self.writer = endpoint.Writer(asked_of(self.config.endpoint, config.seed))
+        self._pending: list[_Pending] = []
+
+    def take(
+        self,
+        played: experience.Experience,
+        bank: skill_bank.Bank,
+        params: Any,
+    ) -> Made:
+        """The skills that enter the bank in the iteration of `played`.
+
+        Args:
+          played: the iteration's episodes.
+          bank: decides, by what it has, which of them are worth a skill.
+          params: of the student, who may be the writer.
+        """
+        groups = experience.groups(played, bank, self.config)
+        made, counts = self.make(groups, played.iteration, params)
+        known = dict.fromkeys(FIGURES, 0) | {"asked": len(groups)}
+        return Made(made, known | counts | {"waiting": len(self._pending)})
+
+    def warm_up(self, params: Any) -> None:
+        """Compiles what writing needs."""
+        if self.config.maker == "policy":
+            self.author.warm_up(params)
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def state(self) -> list[dict]:
+        """What is under way, as plain values that survive JSON."""
+        return [
+            {"due": each.due, "request": dataclasses.asdict(each.request)}
+            for each in self._pending
+        ]
+
+    def restore(self, state: Sequence[dict]) -> None:
+        """Asks again for what was under way."""
+        for each in state:
+            self._ask(written.Request(**each["request"]), each["due"])
+
+    def _template(self, groups: Sequence[summarizer.Group], iteration: int, params):
+        made = [summarizer.compare(group, iteration) for group in groups]
+        return made, {"made": len(made)}
+
+    def _policy(self, groups: Sequence[summarizer.Group], iteration: int, params):
+        requests = self._requests(groups)
+        texts = [request.text for request in requests]
+        answers = self.author.write(params, self.keys(iteration), texts)
+        return written.read(requests, answers, self.writing, iteration)
+
+    def _endpoint(self, groups: Sequence[summarizer.Group], iteration: int, params):
+        for request in self._requests(groups):
+            self._ask(request, iteration + self.config.endpoint.lag)
+        come, waiting, late = [], [], 0
+        for each in self._pending:
+            due = each.due <= iteration
+            patient = self.config.endpoint.late == "wait" or each.handle.ready()
+            if self.config.asynchronous:
+                (come if each.handle.ready() else waiting).append(each)
+            elif not due:
+                waiting.append(each)
+            elif patient:
+                come.append(each)
+            else:
+                late += 1
+        self._pending = waiting
+        answers = [each.handle.result()[0] for each in come]
+        requests = [each.request for each in come]
+        made, counts = written.read(requests, answers, self.writing, iteration)
+        return made, {**counts, "late": late}
+
+    def _requests(self, groups: Sequence[summarizer.Group]) -> list[written.Request]:
+        return [written.Request.of(group, self.writing.limits) for group in groups]
+
+    def _ask(self, request: written.Request, due: int) -> None:
+        if self.writer is None:
+            raise ValueError("only an endpoint can be asked ahead of time")
+        handle = self.writer.submit([request.text])
+        self._pending.append(_Pending(request, due, handle))
+
+
+def asked_of(config: settings.Endpoint, seed: int) -> endpoint.Endpoint:
+    """The endpoint that is set; a replay needs no url.
+
+    Raises:
+      ValueError: it cannot be used.
+    """
+    if not (config.url or config.replay) or not config.model:
+        raise ValueError(
+            "skills.maker=endpoint needs a server; set skills.endpoint.url, such as "
+            "http://localhost:8000/v1, and skills.endpoint.model as it calls it"
+        )
+    return endpoint.Endpoint(
+        url=config.url or "http://localhost",
+        model=config.model,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
+        seed=seed,
+        key_variable=config.key_variable,
+        timeout_s=config.timeout_s,
+        retries=config.retries,
+        concurrency=config.concurrency,
+        record=config.record,
+        replay=config.replay,
+    )
