@@ -106,6 +106,7 @@ class Rollout:
     rows: int = 128  # episodes played at once
     cohorts: int = 1  # parts of the rows: one's environments step while another speaks
     reuse_prefix: bool = False  # windowed: keep on the device what two turns share
+    hinted_groups: int = 0  # of an iteration, played and learned with a skill in view
     draws: int = 1  # > 1: draw again up to so often for groups of equal rewards
     old_logprobs: str = "sampled"  # or 'recomputed' by the scorer before the update
     correction_cap: float = 0.0  # of the weights π_scorer / π_sampler; 0: off

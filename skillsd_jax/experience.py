@@ -233,7 +233,8 @@ def views(
 
     Args:
       experience: the episodes.
-      skills: what to show for each episode, as much of it as there is room for.
+      skills: what to show for each episode, as much of it as there is room for. One
+        that was played with a skill has no other view.
       prompter: writes the skill into the task turn.
       objective: invalid_action_penalty is taken from the reward per invalid turn: of
         the episode, or with statistics='row' of the row itself, as released.
@@ -252,16 +253,22 @@ def views(
             pairs = zip(contexts, bare)
             skilled = [full if len(full) > len(b) else None for full, b in pairs]
             contexts = bare
-        found = fitting(skills[index], prompter)
-        if (text := text_of(found)) is not None:
+        found = () if hinted(experience.trajectories[index]) else skills[index]
+        whole = fitting(found, prompter)
+        if (text := text_of(whole)) is not None:
             made = [prompter.skilled(context, text) for context in contexts]
             if all(made):
-                shown[index], skilled = found, [view for view, _ in made]
+                shown[index], skilled = whole, [view for view, _ in made]
                 cut += sum(cuts for _, cuts in made)
-        dropped += len(skills[index]) - len(shown[index])
+        dropped += len(found) - len(shown[index])
         both = list(zip(contexts, skilled))
         rows += _rows(experience, index, both, prompter, objective)
     return Views(rows, shown, cut, dropped)
+
+
+def hinted(trajectory: Trajectory) -> bool:
+    """Whether it was played with a skill in the prompt."""
+    return any(s.role == Role.SKILL for c in trajectory.contexts for s in c)
 
 
 def _without_skill(context: Sequence[Segment]) -> Sequence[Segment]:
@@ -316,13 +323,17 @@ def discounted(rewards: Sequence[float], discount: float) -> list[float]:
 def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """What an iteration's episodes came to, as plain numbers.
 
-    Episodes that ended in a fault are counted under `endings` and nowhere else.
+    Episodes that ended in a fault are counted under `endings` and nowhere else. Where
+    only some were played with a skill in the prompt, `success` is that of the others.
     """
     usable = [t for t in trajectories if t.ending not in FAULTS]
     turns = [turn for t in usable for turn in t.turns]
+    plain = [t.success for t in usable if not hinted(t)]
+    helped = [t.success for t in usable if hinted(t)]
     endings = collections.Counter(t.ending for t in trajectories)
     return {
-        "success": _mean([t.success for t in usable]),
+        "success": _mean(plain or helped),
+        **({"success_hinted": _mean(helped)} if plain and helped else {}),
         "return": _mean([t.reward for t in usable]),
         "steps": _mean([len(t.turns) for t in usable]),
         "invalid_rate": _mean([not turn.valid for turn in turns]),

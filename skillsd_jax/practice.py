@@ -13,7 +13,7 @@ from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import Recipe
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import summarizer
-from skillsd_jax.trajectory import Role, Task, Trajectory
+from skillsd_jax.trajectory import Task, Trajectory
 
 Keys = Callable[[int], jax.Array]
 
@@ -64,6 +64,11 @@ class Practice:
     stage: Stage
     keys: Keys
     expert: imitate.Expert
+
+    @property
+    def hinted(self) -> bool:
+        """Whether some episodes are played and learned with a skill of the bank."""
+        return self.recipe.student_skill or self.config.rollout.hinted_groups > 0
 
     def episodes(self, params: Any, iteration: int, bank: skill_bank.Bank) -> Practiced:
         """A group of episodes for each of `rollout.prompts` tasks.
@@ -120,7 +125,7 @@ class Practice:
         result = list(groups)
         for i in failed:
             replayed = [next(saved) for _ in groups[i]]
-            solved = [t for t in replayed if t.success and _hinted(t)]
+            solved = [t for t in replayed if t.success and experience.hinted(t)]
             result[i] = [dataclasses.replace(t, reward=0.0) for t in solved]
         return result
 
@@ -145,9 +150,18 @@ class Practice:
             seeds,
             self.keys(draw),
             config.rollout.temperature,
-            hints.text if self.recipe.student_skill else None,
+            self._hint(hints, drawn),
         )
         return episodes, [hints.shown.get(e.task.key, ()) for e in episodes]
+
+    def _hint(self, hints: experience.Hints, drawn: Sequence[int]):
+        """Skills for all groups of a draw, for the first few of them, or for none."""
+        if self.recipe.student_skill:
+            return hints.text
+        chosen = set(drawn[: self.config.rollout.hinted_groups])
+        if not chosen:
+            return None
+        return lambda task: hints.text(task) if task.seed in chosen else None
 
     def _recorded(self, seeds: Sequence[int], draw: int) -> list[Trajectory]:
         """Episodes of the scripted expert, cut into the contexts a player would see."""
@@ -157,10 +171,6 @@ class Practice:
             imitate.recorded(prompter, imitate.play(environment, int(seed), rng))
             for seed in seeds
         ]
-
-
-def _hinted(trajectory: Trajectory) -> bool:
-    return any(s.role == Role.SKILL for c in trajectory.contexts for s in c)
 
 
 def _informative(group: Sequence[Trajectory]) -> bool:

@@ -162,7 +162,8 @@ class Run:
         start = self._restore()
         with self.clock("compile"):
             for player in (self.player, self.panels.player):
-                rollout.warm_up(player, self.state.weights, self.recipe.hinted)
+                hinted = self.recipe.hinted or self.practice.hinted
+                rollout.warm_up(player, self.state.weights, hinted)
             self.summaries.warm_up(self.state.weights)
         if not self.host:
             self.progress.say("before: student on the test panel, teacher on its own")
@@ -195,7 +196,7 @@ class Run:
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its line of metrics.jsonl."""
-        config, clock = self.config, self.clock
+        clock = self.clock
         before, faults = self.compilations.count, self._faults()
         with clock("rollout"):
             practiced = self.practice.episodes(self.state.weights, iteration, self.bank)
@@ -205,7 +206,7 @@ class Run:
             self.bank.absorb(made.skills)
             views = self._views(played, iteration)
         figures = self._learn(views.rows, iteration)
-        shown = practiced.hints if self.recipe.student_skill else views.shown
+        shown = [hint or seen for hint, seen in zip(practiced.hints, views.shown)]
         with clock("skills"):
             reuse = experience.reuse(shown, self.bank, iteration)
             self._credit(played, shown)
@@ -263,9 +264,7 @@ class Run:
         batch = tokens.pack(
             rows,
             self.batch_rows,
-            self.player.skilled_length
-            if self.recipe.student_skill
-            else self.player.length,
+            self.player.skilled_length if self.practice.hinted else self.player.length,
             self.player.skilled_length,
             self.scored,
         )
@@ -276,7 +275,7 @@ class Run:
 
     def _credit(self, played: experience.Experience, shown) -> None:
         """Books each episode's reward to the skill of the bank that was shown."""
-        if self.recipe.shown != "skill" and not self.recipe.student_skill:
+        if self.recipe.shown != "skill" and not self.practice.hinted:
             return
         self.bank.credit(
             (skill.id, summarizer.unit_reward(played.trajectories[i]))

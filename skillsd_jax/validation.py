@@ -68,6 +68,7 @@ MAY_BE_ZERO = (
     "prompt.history",
     "prompt.max_skill_length",
     "rollout.correction_cap",
+    "rollout.hinted_groups",
     "objective.sdl_lambda",
     "objective.sdar_coef",
     "objective.gate_beta",

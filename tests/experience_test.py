@@ -10,6 +10,7 @@ from skillsd_jax import config as settings
 from skillsd_jax import experience
 from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import bank as skill_bank
+from skillsd_jax.skills import summarizer
 from skillsd_jax.trajectory import Task, Trajectory, Turn
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
