@@ -166,10 +166,15 @@ class Teacher:
 @dataclasses.dataclass
 class Skills:
     maker: str = "template"
-    retrieval: str = "ucb"
+    retrieval: str = "ucb"  # a mixture: [shelf:]rule+…, see skills/retrieval.py
     exploration: float = 1.0  # c of UCB
+    embedding: str = "hashed"  # of retrieval; or sentence-transformers:MODEL
     per_group: int = 2  # best episodes of a group that are summarised
     capacity: int = 8  # skills per task
+    family_capacity: int = 64  # skills per family that are of no task
+    global_capacity: int = 64  # skills that are of no family
+    similarity: float = 1.0  # trigram overlap that merges skills; 1: equal texts alone
+    library: str = ""  # comma-separated files or folders of skills to begin with
     allow_own: bool = False  # a row may be shown the skill of its own episode
 
 

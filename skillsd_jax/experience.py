@@ -98,9 +98,13 @@ def retrieve(
 ) -> Shown:
     """A skill for each episode's teacher; None where the bank has nothing to show."""
     return [
-        retrieval.retrieve(bank, t.task, experience.source(i), rng, config)
+        _first(retrieval.retrieve(bank, t.task, experience.source(i), rng, config))
         for i, t in enumerate(experience.trajectories)
     ]
+
+
+def _first(found: Sequence[skill_bank.Skill]) -> skill_bank.Skill | None:
+    return found[0] if found else None
 
 
 def siblings(experience: Experience, sources: Sources) -> Shown:
@@ -171,7 +175,8 @@ class Hints:
         if task.key not in self.shown:
             seed = [*self._seed, zlib.crc32(task.key.encode())]
             rng = np.random.default_rng(seed)
-            skill = retrieval.retrieve(self._bank, task, "", rng, self._config)
+            found = retrieval.retrieve(self._bank, task, "", rng, self._config)
+            skill = _first(found)
             if skill is not None and not self._prompter.fits(summarizer.render(skill)):
                 skill = None
             self.shown[task.key] = skill

@@ -13,7 +13,7 @@ from skillsd_jax.validation import Refused, validate
 
 
 def check(config: settings.Config) -> None:
-    """Values, method, model, weights, environment, in this order.
+    """Values, skills, method, model, weights, environment, in this order.
 
     Raises:
       Refused: the run cannot work; nothing has been changed.
@@ -26,11 +26,18 @@ def check(config: settings.Config) -> None:
             "model.attention": attention.ATTENTION,
             "model.remat": qwen.REMAT,
             "optimizer.name": optimizers.OPTIMIZERS,
-            "skills.retrieval": retrieval.RETRIEVAL,
         },
     )
+    _check_skills(config.skills)
     _check_method(config)
     _probe(config)
+
+
+def _check_skills(skills: settings.Skills) -> None:
+    try:
+        retrieval.check(skills.retrieval, skills.embedding)
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
 
 
 def _check_method(config: settings.Config) -> None:

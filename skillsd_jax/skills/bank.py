@@ -149,8 +149,10 @@ class Bank:
         """The global skills, oldest first."""
         return self.skills(self.global_rows())
 
-    def skills(self, rows: np.ndarray) -> tuple[Skill, ...]:
-        return tuple([self._skills[row] for row in rows.tolist()])
+    def skills(self, rows: Iterable[int]) -> tuple[Skill, ...]:
+        """The skills of these rows, in this order."""
+        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+        return tuple([self._skills[row] for row in rows])
 
     def task_rows(self, key: str) -> np.ndarray:
         """Rows of the task's skills; this and the next three are views, oldest first."""

@@ -86,8 +86,10 @@ class Rows:
         self._count -= 1
 
     def renumber(self, new: np.ndarray) -> None:
-        """Row r becomes new[r]; the order stays."""
-        self._room = new[self.array]
+        """Row r becomes new[r], or goes where that is −1; the order stays."""
+        moved = new[self.array]
+        self._room = moved[moved >= 0]
+        self._count = len(self._room)
 
 
 def _wider(column: np.ndarray) -> np.ndarray:

@@ -451,10 +451,10 @@ def ids(skills):
 
 def agree(bank, naive):
     for task in (T, U, V):
-        wanted = naive.ids(lambda name, e: name[0] == task)
+        wanted = naive.ids(lambda name, e, task=task: name[0] == task)
         assert ids(bank.for_task(task)) == wanted
     for family in "fg":
-        wanted = naive.ids(lambda name, e: name != ("", "") and e["family"] == family)
+        wanted = naive.ids(lambda _, e, family=family: e["family"] == family)
         assert ids(bank.for_family(family)) == wanted
     assert ids(bank.for_all()) == naive.ids(lambda name, e: name == ("", ""))
     assert bank.counts["evicted"] == naive.evicted
