@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ALFWORLD = ["alfworld>=0.4.2,<0.5", "textworld>=1.7.0,<1.8"]
 TENSORBOARD = ["tensorboardX>=2.6"]
 WANDB = ["wandb>=0.18"]
+EMBEDDINGS = ["sentence-transformers>=5"]
 NOTEBOOKS = ["ipykernel>=6", "matplotlib>=3.8", "nbclient>=0.10", "nbformat>=5"]
 TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"]
 
@@ -43,6 +44,7 @@ setup(
         "alfworld": ALFWORLD,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        "embeddings": EMBEDDINGS,
         "notebooks": NOTEBOOKS,
         "parity": PARITY,
         "test": [*TEST, *NOTEBOOKS, *TENSORBOARD],

@@ -187,9 +187,7 @@ class Endpoint:
     retries: int = 3
     concurrency: int = 8  # requests at a time
     lag: int = 1  # iterations from an episode to when its skill enters the bank
-    late: str = (
-        "wait"  # what is not there by then is waited for, or dropped: wait, drop
-    )
+    late: str = "wait"  # for what is not there by then, or 'drop'
     record: str = ""  # file that takes every request and answer
     replay: str = ""  # file to answer from, without a server
 
@@ -199,10 +197,15 @@ class Skills:
     maker: str = "template"  # template, policy, endpoint
     comparative: bool = False  # one skill from a group's successes and failures
     asynchronous: bool = False  # endpoint: enters when it is there; not reproducible
-    retrieval: str = "ucb"
+    retrieval: str = "ucb"  # a mixture: [shelf:]rule+…, see skills/retrieval.py
     exploration: float = 1.0  # c of UCB
+    embedding: str = "hashed"  # of retrieval; or sentence-transformers:MODEL
     per_group: int = 2  # best episodes of a group that are summarised
     capacity: int = 8  # skills per task
+    family_capacity: int = 64  # skills per family that are of no task
+    global_capacity: int = 64  # skills that are of no family
+    similarity: float = 1.0  # trigram overlap that merges skills; 1: equal texts alone
+    library: str = ""  # comma-separated files or folders of skills to begin with
     allow_own: bool = False  # a row may be shown the skill of its own episode
     author: Author = field(default_factory=Author)
     endpoint: Endpoint = field(default_factory=Endpoint)

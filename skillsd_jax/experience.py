@@ -13,6 +13,7 @@ from skillsd_jax import config as settings
 from skillsd_jax import prompts
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import retrieval, summarizer
+from skillsd_jax.skills.skill import Skill
 from skillsd_jax.tokens import Row
 from skillsd_jax.trajectory import Role, Segment, Task, Trajectory
 
@@ -94,11 +95,11 @@ class Sources:
     bank: skill_bank.Bank
     config: settings.Skills
     rng: np.random.Generator
-    expert: Callable[[int], skill_bank.Skill | None]
+    expert: Callable[[int], Skill | None]
 
 
 # What each episode's teacher is to be shown, first things first; () is nothing.
-Shown = list[tuple[skill_bank.Skill, ...]]
+Shown = list[tuple[Skill, ...]]
 
 
 def retrieve(
@@ -158,9 +159,7 @@ SHOWN = {
 }
 
 
-def fitting(
-    skills: Sequence[skill_bank.Skill], prompter: prompts.Prompter
-) -> tuple[skill_bank.Skill, ...]:
+def fitting(skills: Sequence[Skill], prompter: prompts.Prompter) -> tuple[Skill, ...]:
     """The first of the skills, as many as can be shown whole together."""
     count = 0
     while count < len(skills):
@@ -188,7 +187,7 @@ class Hints:
     ):
         self._bank, self._config, self._seed = bank, config, seed
         self._prompter = prompter
-        self.shown: dict[str, tuple[skill_bank.Skill, ...]] = {}
+        self.shown: dict[str, tuple[Skill, ...]] = {}
 
     def text(self, task: Task) -> str | None:
         """What the task's players are shown."""
@@ -200,7 +199,7 @@ class Hints:
         return text_of(self.shown[task.key])
 
 
-def text_of(skills: Sequence[skill_bank.Skill]) -> str | None:
+def text_of(skills: Sequence[Skill]) -> str | None:
     """What a prompt shows of them; None: nothing."""
     return summarizer.render(*skills) if skills else None
 
@@ -224,7 +223,7 @@ class Views:
 
 def views(
     experience: Experience,
-    skills: Sequence[Sequence[skill_bank.Skill]],
+    skills: Sequence[Sequence[Skill]],
     prompter: prompts.Prompter,
     objective: settings.Objective,
     teacher_reads: str = "skill",
@@ -365,7 +364,7 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def line(trajectory: Trajectory, skills: Sequence[skill_bank.Skill]) -> str:
+def line(trajectory: Trajectory, skills: Sequence[Skill]) -> str:
     """An episode as one line of JSON: what was seen, said and done."""
     record = {
         "task": dataclasses.asdict(trajectory.task),

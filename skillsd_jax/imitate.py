@@ -19,7 +19,7 @@ from skillsd_jax.environments import base, pool
 from skillsd_jax.environments.stage import FAULTS
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.skills import summarizer
-from skillsd_jax.skills.bank import Skill
+from skillsd_jax.skills.skill import Skill
 from skillsd_jax.tokens import Row, TokenView, pack
 from skillsd_jax.trajectory import Role, Segment, Trajectory
 

@@ -16,9 +16,10 @@ from skillsd_jax import agent, checkpoint, experience, imitate, prompts, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.skills import bank as skill_bank
+from skillsd_jax.skills.skill import Skill
 from skillsd_jax.trajectory import Segment, Trajectory
 
-Skills = Sequence[skill_bank.Skill]
+Skills = Sequence[Skill]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +123,10 @@ def render(seen: Inspected) -> RenderableType:
     task = episode.task
     head = [
         f"task {task.key}, {task.family}: {task.instruction}",
-        f"{len(episode.turns)} turns, {episode.ending}; skills shown: "
-        f"{len(seen.skills)}, pieces of history cut for them: {seen.cut}",
+        (
+            f"{len(episode.turns)} turns, {episode.ending}; skills shown: "
+            f"{len(seen.skills)}, pieces of history cut for them: {seen.cut}"
+        ),
     ]
     parts: list[RenderableType] = [Text(_printable(line)) for line in head]
     for number, row in enumerate(seen.rows):

@@ -13,7 +13,7 @@ from skillsd_jax.validation import Refused, validate
 
 
 def check(config: settings.Config) -> None:
-    """Values, method, model, weights, environment, in this order.
+    """Values, skills, method, model, weights, environment, in this order.
 
     Raises:
       Refused: the run cannot work; nothing has been changed.
@@ -26,12 +26,19 @@ def check(config: settings.Config) -> None:
             "model.attention": attention.ATTENTION,
             "model.remat": qwen.REMAT,
             "optimizer.name": optimizers.OPTIMIZERS,
-            "skills.retrieval": retrieval.RETRIEVAL,
         },
     )
+    _check_skills(config.skills)
     _check_method(config)
     _check_skills(config)
     _probe(config)
+
+
+def _check_skills(skills: settings.Skills) -> None:
+    try:
+        retrieval.check(skills.retrieval, skills.embedding)
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
 
 
 def _check_method(config: settings.Config) -> None:
@@ -76,14 +83,15 @@ def _check_method(config: settings.Config) -> None:
 
 
 def _check_skills(config: settings.Config) -> None:
-    """Whoever is to write them can be asked."""
+    """Libraries can be read, and whoever is to write can be asked."""
     skills = config.skills
-    if skills.maker == "endpoint":
-        try:
+    try:
+        summaries.open_bank(skills)
+        if skills.maker == "endpoint":
             summaries.asked_of(skills.endpoint, config.seed)
-        except ValueError as fault:
-            raise Refused(str(fault)) from fault
-    elif skills.asynchronous:
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+    if skills.asynchronous and skills.maker != "endpoint":
         raise Refused(
             f"skills.asynchronous is of skills.maker=endpoint alone; {skills.maker} "
             "writes while the loop waits"

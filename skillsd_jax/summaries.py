@@ -15,7 +15,8 @@ import jax
 from skillsd_jax import author, experience, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.skills import bank as skill_bank
-from skillsd_jax.skills import endpoint, summarizer, written
+from skillsd_jax.skills import endpoint, library, summarizer, written
+from skillsd_jax.skills.skill import Skill
 
 # What becomes of what is asked; figures of every iteration.
 FIGURES = ("asked", *written.OUTCOMES, "late", "waiting")
@@ -25,7 +26,7 @@ FIGURES = ("asked", *written.OUTCOMES, "late", "waiting")
 class Made:
     """Skills that enter the bank now, and counts by name of FIGURES."""
 
-    skills: list[skill_bank.Skill]
+    skills: list[Skill]
     counts: dict[str, int]
 
 
@@ -149,6 +150,23 @@ class Summaries:
             raise ValueError("only an endpoint can be asked ahead of time")
         handle = self.writer.submit([request.text])
         self._pending.append(_Pending(request, due, handle))
+
+
+def open_bank(config: settings.Skills) -> skill_bank.Bank:
+    """A bank with the skills of the libraries that are set, and nothing else.
+
+    Raises:
+      ValueError: a library cannot be read.
+    """
+    bank = skill_bank.Bank(
+        config.capacity,
+        config.family_capacity,
+        config.global_capacity,
+        config.similarity,
+    )
+    for path in filter(None, config.library.split(",")):
+        bank.absorb(library.load(path))
+    return bank
 
 
 def asked_of(config: settings.Endpoint, seed: int) -> endpoint.Endpoint:

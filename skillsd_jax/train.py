@@ -119,7 +119,7 @@ class Run:
             functools.partial(key_for, config.seed, "rollout"),
             self.expert,
         )
-        self.bank = skill_bank.Bank(config.skills.capacity)
+        self.bank = summaries.open_bank(config.skills)
         writes = functools.partial(key_for, config.seed, "summary")
         self.summaries = summaries.Summaries(config, self.player, writes)
         stack.callback(self.summaries.close)

@@ -27,7 +27,7 @@ class Refused(ValueError):
 
 
 # Settings that name one of a fixed list. Names that live in a dict further up
-# (objectives, environments, retrieval) are given to `validate` by its caller.
+# (objectives, environments) are given to `validate` by its caller.
 CHOICES: dict[str, Collection[str]] = {
     "environment.workers": ("inline", "threads", "processes"),
     "environment.alfworld.rooms": ("kitchen", "all"),
@@ -105,6 +105,7 @@ SHARES = (
     "objective.belief_discount",
     "objective.rlsd_clip",
     "teacher.rate",
+    "skills.similarity",
     "optimizer.beta1",
     "optimizer.beta2",
     "imitate.noise",

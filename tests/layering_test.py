@@ -58,6 +58,7 @@ FILE_WRITERS = {
     "agent",  # likewise: the warm start
 }
 OPTIONAL = {"alfworld", "textworld", "fast_downward", "wandb", "tensorboardX"}
+OPTIONAL |= {"sentence_transformers"}
 STANDARD = set(sys.stdlib_module_names)
 
 

@@ -1,90 +1,94 @@
 """The skill bank: what was learned about each task, and how often it was shown."""
 
 import dataclasses
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from skillsd_jax import artifacts
+from skillsd_jax.skills import records
+from skillsd_jax.skills.columns import Columns, Rows
+from skillsd_jax.skills.records import Record
+from skillsd_jax.skills.similarity import Likeness
+from skillsd_jax.skills.skill import Skill, Stats
+
+TRAINING = "train"  # the split whose tasks may have skills
+SPARE = 64  # rows that went before the rest is renumbered
+_ROOM = {
+    "task": "capacity",
+    "family": "family_capacity",
+    "global": "global_capacity",
+}
+_NONE = np.zeros(0, np.int64)
 
 
-@dataclasses.dataclass(frozen=True)
-class Skill:
-    """Summary of one finished episode.
+class Index(Protocol):
+    """What retrieval derives from the texts of a bank, kept between questions."""
 
-    Args:
-      id: `skill_id` of the task and the three text fields.
-      success_analysis: what came of it.
-      mistake_analysis: what was wasted.
-      golden_workflow: the steps that were needed, in order.
-      task: key of the task it was written for.
-      family: kind of that task.
-      source: id of the episode.
-      born: iteration it was written in.
-      reward: of the episode, in [0, 1].
-      policy: iterations that whoever played the episode had learned from.
-      maker: who wrote it.
-    """
-
-    id: str
-    success_analysis: str
-    mistake_analysis: str
-    golden_workflow: tuple[str, ...]
-    task: str
-    family: str
-    source: str
-    born: int
-    reward: float
-    policy: int = 0
-    maker: str = "template"
+    def keep(self, rows: np.ndarray) -> None:
+        """Drops all rows but these, which are renumbered in order."""
 
 
-def skill_id(task: str, success: str, mistake: str, workflow: Sequence[str]) -> str:
-    """The same in every process and run."""
-    return artifacts.content_hash(task, success, mistake, tuple(workflow))
+class _Shelf:
+    """Skills that share a capacity."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """How a skill fared as privileged context.
-
-    Args:
-      uses: n, times shown to the teacher.
-      mean_reward: mean reward, in [0, 1], of the episodes it was shown on; 0 if none.
-        It scores those episodes, not the effect of the skill.
-    """
-
-    uses: int
-    mean_reward: float
-
-
-@dataclasses.dataclass
-class _Entry:
-    skill: Skill
-    sources: list[str]  # every episode that summarised to this skill
-    uses: int = 0
-    total: float = 0.0  # reward credited over all uses
-
-    @property
-    def value(self) -> float:
-        """Mean reward, the source episode counted as one use: defined when untried."""
-        return (self.skill.reward + self.total) / (1 + self.uses)
+    def __init__(self, capacity: int, similarity: float):
+        self.capacity = capacity
+        self.rows = Rows()
+        self.likeness = Likeness() if similarity < 1 else None
 
 
 class Bank:
-    """Skills per task, at most `capacity` each; starts empty."""
+    """Skills on a shelf per task, one per family and a global one; starts empty.
 
-    def __init__(self, capacity: int):
-        if capacity < 1:
-            raise ValueError(f"skills.capacity={capacity} must be at least 1")
-        self.capacity = capacity
-        self._entries: dict[str, _Entry] = {}
-        self._by_task: dict[str, list[str]] = {}
-        self._by_family: dict[str, dict[str, None]] = {}
+    Args:
+      capacity: skills per task.
+      family_capacity: skills per family that are of no task.
+      global_capacity: skills that are of no family.
+      similarity: Jaccard index of word trigrams in (0, 1] from which two skills of one
+        shelf are taken for the same; 1 merges equal texts alone.
+
+    Attributes:
+      columns: numbers of every skill, by row.
+      indices: what retrieval keeps about the texts, by name; no part of the state.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        family_capacity: int = 64,
+        global_capacity: int = 64,
+        similarity: float = 1.0,
+    ):
+        self._settings = {
+            "capacity": capacity,
+            "family_capacity": family_capacity,
+            "global_capacity": global_capacity,
+        }
+        for name, room in self._settings.items():
+            if room < 1:
+                raise ValueError(f"skills.{name}={room} must be at least 1")
+        if not 0 < similarity <= 1:
+            raise ValueError(f"skills.similarity={similarity} must be in (0, 1]")
+        self._settings["similarity"] = similarity
+        self.columns = Columns()
+        self.indices: dict[str, Index] = {}
+        self._skills: list[Skill | None] = []  # by row; None: it went
+        self._sources: list[list[str]] = []  # all episodes that summarised to it
+        self._row: dict[str, int] = {}  # by id
+        self._shelves: dict[tuple[str, str], _Shelf] = {}  # by task and family
+        self._families: dict[str, Rows] = {}  # with the family's tasks
+        self._all = Rows()
+        self._only: dict[str, set[str]] = {}  # source → ids that no other summarised to
         self._absorbed = self._merged = self._evicted = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._row)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._row
 
     @property
     def counts(self) -> dict[str, int]:
@@ -99,67 +103,115 @@ class Bank:
     def absorb(self, skills: Iterable[Skill]) -> None:
         """Takes skills in, in order.
 
-        A skill that a task already has is merged: the bank remembers the new source and
-        the better reward. A task over capacity loses the skill of least value, of
+        A skill that its shelf already has is merged: the bank remembers the new source
+        and the better reward. A shelf over capacity loses the skill of least value, of
         equal ones the oldest; that may be the new one.
+
+        Raises:
+          ValueError: a skill is of a task that is not for training; none is taken in.
         """
+        skills = list(skills)
         for skill in skills:
-            entry = self._entries.get(skill.id)
-            if entry is None:
-                self._add(_Entry(skill, [skill.source]))
+            _check(skill)
+        for skill in skills:
+            held = self._held(skill)
+            if held is None:
+                self._add(Record(skill, (skill.source,)))
                 self._absorbed += 1
-                self._evict(skill.task)
+                self._evict(self._shelves[_name(skill)])
             else:
-                _merge(entry, skill)
+                self._merge(held, skill)
                 self._merged += 1
 
-    def credit(self, rewards: Iterable[tuple[str, float]]) -> None:
+    def credit(self, rewards: Iterable[tuple[str, float]], iteration: int = -1) -> None:
         """Counts one use per (skill id, reward in [0, 1] of the row's episode).
 
         A skill that was evicted since it was shown is passed over.
+
+        Args:
+          rewards: what was shown and what came of it.
+          iteration: when it was shown; -1 leaves `last_shown` as it is.
         """
+        columns = self.columns
         for id, reward in rewards:
-            entry = self._entries.get(id)
-            if entry is not None:
-                entry.uses += 1
-                entry.total += float(reward)
+            row = self._row.get(id)
+            if row is not None:
+                columns.uses[row] += 1
+                columns.total[row] += float(reward)
+                columns.last_shown[row] = max(iteration, columns.last_shown[row])
 
     def for_task(self, key: str) -> tuple[Skill, ...]:
         """The task's skills, oldest first."""
-        return tuple(self._entries[id].skill for id in self._by_task.get(key, ()))
+        return self.skills(self.task_rows(key))
 
     def for_family(self, name: str) -> tuple[Skill, ...]:
-        """The skills of all tasks of a kind, oldest first."""
-        return tuple(self._entries[id].skill for id in self._by_family.get(name, ()))
+        """The skills of a kind and of all its tasks, oldest first."""
+        return self.skills(self.family_rows(name))
+
+    def for_all(self) -> tuple[Skill, ...]:
+        """The global skills, oldest first."""
+        return self.skills(self.global_rows())
+
+    def skills(self, rows: Iterable[int]) -> tuple[Skill, ...]:
+        """The skills of these rows, in this order."""
+        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+        return tuple([self._skills[row] for row in rows])
+
+    def task_rows(self, key: str) -> np.ndarray:
+        """Rows of the task's skills; this and the next three are views, oldest first."""
+        return self._rows((key, "")) if key else _NONE
+
+    def family_rows(self, name: str) -> np.ndarray:
+        """Rows of the skills of a kind and of all its tasks."""
+        rows = self._families.get(name)
+        return _NONE if rows is None else rows.array
+
+    def global_rows(self) -> np.ndarray:
+        """Rows of the skills that are for every task."""
+        return self._rows(("", ""))
+
+    def all_rows(self) -> np.ndarray:
+        """Rows of all skills held."""
+        return self._all.array
+
+    def only_rows(self, source: str) -> np.ndarray:
+        """Rows of the skills that this episode alone summarised to, ascending."""
+        ids = self._only.get(source)
+        return np.array(sorted(self._row[id] for id in ids)) if ids else _NONE
 
     def stats(self, id: str) -> Stats:
         """Raises KeyError for a skill that is not held."""
-        entry = self._entries[id]
-        return Stats(entry.uses, entry.total / entry.uses if entry.uses else 0.0)
+        row, columns = self._row[id], self.columns
+        uses, total = int(columns.uses[row]), float(columns.total[row])
+        last = int(columns.last_shown[row])
+        return Stats(uses, total / uses if uses else 0.0, last)
 
     def sources(self, id: str) -> tuple[str, ...]:
         """Ids of every episode that summarised to the skill."""
-        return tuple(self._entries[id].sources)
+        return tuple(self._sources[self._row[id]])
 
     def state(self) -> dict:
         """Everything, as plain values that survive JSON."""
         return {
-            "capacity": self.capacity,
+            **self._settings,
             "absorbed": self._absorbed,
             "merged": self._merged,
             "evicted": self._evicted,
-            "entries": [dataclasses.asdict(entry) for entry in self._entries.values()],
+            "entries": [dataclasses.asdict(record) for record in self._records()],
         }
 
     @classmethod
     def from_state(cls, state: dict) -> "Bank":
-        bank = cls(state["capacity"])
+        """The bank that `state` is of; what an older run did not write is as new."""
+        known = ("capacity", "family_capacity", "global_capacity", "similarity")
+        bank = cls(**{name: state[name] for name in known if name in state})
         for entry in state["entries"]:
             fields = dict(entry["skill"])
             fields["golden_workflow"] = tuple(fields["golden_workflow"])
             skill = Skill(**fields)
-            sources = list(entry["sources"])
-            bank._add(_Entry(skill, sources, entry["uses"], entry["total"]))
+            _check(skill)
+            sources = tuple(entry["sources"])
+            bank._add(Record(**{**entry, "skill": skill, "sources": sources}))
         bank._absorbed = state["absorbed"]
         bank._merged = state["merged"]
         bank._evicted = state["evicted"]
@@ -167,34 +219,166 @@ class Bank:
 
     def save(self, path: Path | str) -> None:
         """Writes one JSON line per skill, with its use and mean reward, atomically."""
-        lines = []
-        for entry in self._entries.values():
-            stats = dataclasses.asdict(self.stats(entry.skill.id))
-            line = dataclasses.asdict(entry.skill) | {"sources": entry.sources} | stats
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        artifacts.write_atomic(path, "".join(lines))
+        text = "".join(map(records.line, self._records()))
+        # A lone surrogate, which no encoding can write, becomes a question mark.
+        artifacts.write_atomic(path, text.encode("utf-8", "replace"))
 
-    def _add(self, entry: _Entry) -> None:
-        skill = entry.skill
-        self._entries[skill.id] = entry
-        self._by_task.setdefault(skill.task, []).append(skill.id)
-        self._by_family.setdefault(skill.family, {})[skill.id] = None
+    @classmethod
+    def load(cls, path: Path | str, capacity: int, **options) -> "Bank":
+        """The skills of a file that `save` wrote, with their uses and rewards.
 
-    def _evict(self, task: str) -> None:
-        held = self._by_task[task]
-        if len(held) > self.capacity:
-            worst = min(held, key=lambda id: self._entries[id].value)
-            held.remove(worst)
-            entry = self._entries.pop(worst)
-            del self._by_family[entry.skill.family][worst]
-            self._evicted += 1
+        A shelf over capacity loses what it would have lost. Counts begin with the file.
+
+        Args:
+          path: of the file.
+          capacity: skills per task.
+          **options: the bank's other arguments.
+
+        Raises:
+          ValueError: there is no such file, or a line is not right; it names the line.
+        """
+        bank = cls(capacity, **options)
+        for where, record in records.read(path):
+            try:
+                _check(record.skill)
+            except ValueError as fault:
+                raise ValueError(f"{where}: {fault}") from fault
+            if record.skill.id in bank._row:
+                raise ValueError(f"{where}: {record.skill.id} was there before")
+            bank._add(record)
+            bank._absorbed += 1
+        for shelf in bank._shelves.values():
+            while len(shelf.rows) > shelf.capacity:
+                bank._evict(shelf)
+        return bank
+
+    def _records(self) -> Iterator[Record]:
+        rows, columns = self.all_rows(), self.columns
+        uses, total = columns.uses[rows].tolist(), columns.total[rows].tolist()
+        last = columns.last_shown[rows].tolist()
+        for i, row in enumerate(rows.tolist()):
+            sources = tuple(self._sources[row])
+            yield Record(self._skills[row], sources, uses[i], total[i], last[i])
+
+    def _rows(self, name: tuple[str, str]) -> np.ndarray:
+        shelf = self._shelves.get(name)
+        return _NONE if shelf is None else shelf.rows.array
+
+    def _held(self, skill: Skill) -> int | None:
+        """Row of the skill of the same shelf that says the same."""
+        row, name = self._row.get(skill.id), _name(skill)
+        if row is not None:
+            if _name(self._skills[row]) != name:
+                raise ValueError(
+                    f"skill id {skill.id} is held for another task or family; make ids "
+                    "with skill_id, given both"
+                )
+            return row
+        shelf = self._shelves.get(name)
+        if shelf is None or shelf.likeness is None:
+            return None
+        alike = shelf.likeness.nearest(skill.text, self._settings["similarity"])
+        return None if alike is None else self._row[alike]
+
+    def _add(self, record: Record) -> None:
+        skill = record.skill
+        row = self.columns.append(
+            uses=record.uses,
+            total=record.total,
+            reward=skill.reward,
+            born=skill.born,
+            last_shown=record.last_shown,
+        )
+        self._skills.append(skill)
+        self._sources.append(list(record.sources))
+        self._row[skill.id] = row
+        name = _name(skill)
+        if name not in self._shelves:
+            room = self._settings[_ROOM[skill.scope]]
+            self._shelves[name] = _Shelf(room, self._settings["similarity"])
+        shelf = self._shelves[name]
+        shelf.rows.append(row)
+        if shelf.likeness is not None:
+            shelf.likeness.add(skill.id, skill.text)
+        self._all.append(row)
+        if skill.scope != "global":
+            self._families.setdefault(skill.family, Rows()).append(row)
+        self._own(row)
+
+    def _own(self, row: int) -> None:
+        """Files the skill under its source while that is the only one."""
+        id, sources = self._skills[row].id, self._sources[row]
+        if len(set(sources)) == 1:
+            self._only.setdefault(sources[0], set()).add(id)
+        elif sources and id in self._only.get(sources[0], ()):
+            self._disown(sources[0], id)
+
+    def _disown(self, source: str, id: str) -> None:
+        ids = self._only.get(source, set())
+        ids.discard(id)
+        if not ids:
+            self._only.pop(source, None)
+
+    def _merge(self, row: int, skill: Skill) -> None:
+        if skill.source not in self._sources[row]:
+            self._sources[row].append(skill.source)
+            self._own(row)
+        held = self._skills[row]
+        self._skills[row] = merged = dataclasses.replace(
+            held,
+            born=max(held.born, skill.born),
+            reward=max(held.reward, skill.reward),
+            policy=max(held.policy, skill.policy),
+        )
+        self.columns.born[row], self.columns.reward[row] = merged.born, merged.reward
+
+    def _evict(self, shelf: _Shelf) -> None:
+        """Drops the least value of a shelf over capacity."""
+        if len(shelf.rows) <= shelf.capacity:
+            return
+        rows = shelf.rows.array
+        row = int(rows[np.argmin(self.columns.value(rows))])
+        skill, sources = self._skills[row], self._sources[row]
+        shelf.rows.remove(row)
+        if shelf.likeness is not None:
+            shelf.likeness.remove(skill.id)
+        self._all.remove(row)
+        if skill.scope != "global":
+            self._families[skill.family].remove(row)
+        if sources:
+            self._disown(sources[0], skill.id)
+        del self._row[skill.id]
+        self._skills[row] = None
+        self.columns.alive[row] = False
+        self._evicted += 1
+        if len(self.columns) > 2 * len(self) + SPARE:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Forgets the rows that went: the cost is that of the evictions since."""
+        kept = self.all_rows().copy()
+        new = np.full(len(self.columns), -1)
+        new[kept] = np.arange(len(kept))
+        shelves = [shelf.rows for shelf in self._shelves.values()]
+        for rows in (*shelves, *self._families.values(), self._all):
+            rows.renumber(new)
+        self.columns.keep(kept)
+        for index in self.indices.values():
+            index.keep(kept)
+        self._skills = [self._skills[row] for row in kept.tolist()]
+        self._sources = [self._sources[row] for row in kept.tolist()]
+        self._row = {skill.id: row for row, skill in enumerate(self._skills)}
 
 
-def _merge(entry: _Entry, skill: Skill) -> None:
-    if skill.source not in entry.sources:
-        entry.sources.append(skill.source)
-    entry.skill = dataclasses.replace(
-        entry.skill,
-        born=max(entry.skill.born, skill.born),
-        reward=max(entry.skill.reward, skill.reward),
-    )
+def _name(skill: Skill) -> tuple[str, str]:
+    """Of its shelf; a task's skills stand together whatever family they name."""
+    return (skill.task, "") if skill.task else ("", skill.family)
+
+
+def _check(skill: Skill) -> None:
+    """Skills of evaluation tasks would tell a panel what it is to be asked."""
+    if skill.task and skill.task.split("/")[1:2] != [TRAINING]:
+        raise ValueError(
+            f"task={skill.task!r} is not one of environment/{TRAINING}/seed: a skill of "
+            "another split must not enter the bank; leave it out"
+        )

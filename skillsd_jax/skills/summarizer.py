@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from skillsd_jax.skills.bank import Skill, skill_id
+from skillsd_jax.skills.skill import Skill, skill_id
 from skillsd_jax.trajectory import Trajectory, Turn
 
 # Places named in mistake_analysis: every one costs the prompt two tokens.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from skillsd_jax import artifacts
 from skillsd_jax.skills import untrusted
-from skillsd_jax.skills.bank import Skill, skill_id
+from skillsd_jax.skills.skill import Skill, skill_id
 from skillsd_jax.skills.summarizer import Group, render, unit_reward
 from skillsd_jax.trajectory import Trajectory, Turn
 

@@ -2,29 +2,40 @@
 
 import dataclasses
 import json
+import random
+import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 
-from skillsd_jax.skills.bank import Bank, Skill, Stats, skill_id
+from skillsd_jax.skills.bank import Bank
+from skillsd_jax.skills.skill import Skill, Stats, skill_id
+
+T, U, V = (f"fake/train/{number}" for number in range(3))
 
 
-def skill(word, task="t", family="f", source="s", reward=0.0, born=0):
+def skill(word, task=T, family="f", source="s", reward=0.0, born=0, **more):
     workflow = (f"take {word}", "go home")
-    id = skill_id(task, word, "none", workflow)
-    return Skill(id, word, "none", workflow, task, family, source, born, reward)
+    id = skill_id(task, word, "none", workflow, family)
+    return Skill(id, word, "none", workflow, task, family, source, born, reward, **more)
 
 
-def held(bank, task="t"):
-    return [skill.success_analysis for skill in bank.for_task(task)]
+def held(bank, task=T):
+    return words(bank.for_task(task))
+
+
+def words(skills):
+    return [skill.success_analysis for skill in skills]
 
 
 def test_skills_are_found_by_task_and_by_family():
     bank = Bank(4)
-    made = [skill("a"), skill("b", task="u"), skill("c", task="v", family="g")]
+    made = [skill("a"), skill("b", task=U), skill("c", task=V, family="g")]
     bank.absorb(made)
-    assert bank.for_task("t") == (made[0],)
+    assert bank.for_task(T) == (made[0],)
     assert bank.for_family("f") == (made[0], made[1])
     assert bank.for_family("g") == (made[2],)
     assert bank.for_task("nowhere") == bank.for_family("nowhere") == ()
@@ -36,14 +47,14 @@ def test_an_equal_skill_of_a_task_is_merged():
     first = skill("a", source="1", reward=0.5, born=2)
     bank.absorb([first, skill("a", source="2", reward=1.0, born=3)])
     bank.absorb([skill("a", source="1", reward=0.0, born=1)])
-    assert bank.for_task("t") == (dataclasses.replace(first, reward=1.0, born=3),)
+    assert bank.for_task(T) == (dataclasses.replace(first, reward=1.0, born=3),)
     assert bank.sources(first.id) == ("1", "2")
     assert bank.counts == {"held": 1, "absorbed": 1, "merged": 2, "evicted": 0}
 
 
 def test_equal_words_of_two_tasks_are_two_skills():
     bank = Bank(1)
-    bank.absorb([skill("a"), skill("a", task="u")])
+    bank.absorb([skill("a"), skill("a", task=U)])
     assert len(bank) == 2
 
 
@@ -57,7 +68,7 @@ def test_a_skill_id_tells_every_field_apart(field):
 
 def test_a_skill_id_is_the_same_in_another_process():
     code = (
-        "from skillsd_jax.skills.bank import skill_id\n"
+        "from skillsd_jax.skills.skill import skill_id\n"
         "print(skill_id('t', 's', 'm', ('a', 'b')))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
@@ -77,12 +88,12 @@ def test_credit_averages_the_rewards_of_uses():
 
 def test_capacity_evicts_the_least_value_of_the_same_task():
     bank = Bank(2)
-    other = skill("other", task="u", reward=0.0)
+    other = skill("other", task=U, reward=0.0)
     bank.absorb([other, skill("a", reward=1.0), skill("b", reward=0.2)])
     bank.absorb([skill("c", reward=0.5)])
     assert held(bank) == ["a", "c"]
-    assert held(bank, "u") == ["other"]
-    assert bank.for_family("f") == (other, *bank.for_task("t"))
+    assert held(bank, U) == ["other"]
+    assert bank.for_family("f") == (other, *bank.for_task(T))
     assert bank.counts == {"held": 3, "absorbed": 4, "merged": 0, "evicted": 1}
 
 
@@ -113,8 +124,8 @@ def used_bank():
     bank.absorb(
         [skill("é", source="1", reward=1.0), skill("b"), skill("b", source="2")]
     )
-    bank.absorb([skill("c", task="u", family="g", reward=0.3), skill("d", reward=0.9)])
-    bank.credit([(bank.for_task("t")[0].id, 0.25), (bank.for_task("u")[0].id, 1.0)])
+    bank.absorb([skill("c", task=U, family="g", reward=0.3), skill("d", reward=0.9)])
+    bank.credit([(bank.for_task(T)[0].id, 0.25), (bank.for_task(U)[0].id, 1.0)])
     return bank
 
 
@@ -125,9 +136,9 @@ def test_state_survives_json():
     assert again.counts == bank.counts
     for one in (bank, again):  # and both go on alike
         one.absorb([skill("e", reward=0.95), skill("d", source="9")])
-        one.credit([(one.for_task("t")[0].id, 1.0)])
+        one.credit([(one.for_task(T)[0].id, 1.0)])
     assert again.state() == bank.state()
-    assert again.for_task("t") == bank.for_task("t")
+    assert again.for_task(T) == bank.for_task(T)
     assert again.for_family("g") == bank.for_family("g")
 
 
@@ -136,7 +147,7 @@ def test_state_does_not_change_with_the_bank():
     before = bank.state()
     text = json.dumps(before)
     bank.absorb([skill("d", source="later")])
-    bank.credit([(bank.for_task("t")[0].id, 1.0)])
+    bank.credit([(bank.for_task(T)[0].id, 1.0)])
     again = Bank.from_state(before)
     again.absorb([skill("d", source="later")])
     assert json.dumps(before) == text
@@ -150,7 +161,7 @@ def test_save_writes_one_line_per_skill(tmp_path):
     assert "é" in text  # readable as it is
     lines = [json.loads(line) for line in text.splitlines()]
     assert len(lines) == len(bank) == 3
-    first = bank.for_task("t")[0]
+    first = bank.for_task(T)[0]
     assert lines[0]["id"] == first.id
     assert lines[0]["success_analysis"] == "é"
     assert lines[0]["golden_workflow"] == list(first.golden_workflow)
@@ -163,7 +174,7 @@ def test_a_save_that_breaks_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "skills.jsonl"
     bank.save(path)
     before = path.read_bytes()
-    bank.absorb([skill("new", task="w")])
+    bank.absorb([skill("new", task=V)])
 
     def broken(*_):
         raise OSError("disk full")
@@ -178,3 +189,383 @@ def test_a_save_that_breaks_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_bank_without_room_is_refused():
     with pytest.raises(ValueError, match="skills.capacity=0 must be at least 1"):
         Bank(0)
+
+
+def test_a_shelf_for_the_family_and_one_for_all():
+    bank = Bank(1, family_capacity=2, global_capacity=1)
+    of_task, of_family = skill("a"), skill("b", task="")
+    of_all = skill("c", task="", family="")
+    bank.absorb([of_task, of_family, of_all])
+    assert [s.scope for s in (of_task, of_family, of_all)] == [
+        "task",
+        "family",
+        "global",
+    ]
+    assert bank.for_task(T) == (of_task,)
+    assert bank.for_family("f") == (of_task, of_family)
+    assert bank.for_all() == (of_all,)
+    assert bank.for_task("") == bank.for_family("") == ()
+    assert bank.skills(bank.all_rows()) == (of_task, of_family, of_all)
+
+
+def test_every_shelf_has_its_own_capacity():
+    bank = Bank(1, family_capacity=2, global_capacity=3)
+    for scope in ({"task": T}, {"task": ""}, {"task": "", "family": ""}):
+        bank.absorb([skill(word, **scope, reward=0.5) for word in "abcde"])
+    assert held(bank) == ["e"]
+    assert words(bank.for_family("f")) == ["e", "d", "e"]
+    assert words(bank.for_all()) == ["c", "d", "e"]
+    assert bank.counts == {"held": 6, "absorbed": 15, "merged": 0, "evicted": 9}
+
+
+@pytest.mark.parametrize("name", ["family_capacity", "global_capacity"])
+def test_a_shelf_without_room_is_refused(name):
+    with pytest.raises(ValueError, match=f"skills.{name}=0 must be at least 1"):
+        Bank(1, **{name: 0})
+
+
+def test_equal_words_for_two_families_are_two_skills():
+    bank = Bank(1)
+    bank.absorb([skill("a", task=""), skill("a", task="", family="g")])
+    bank.absorb([skill("a", task="", family="")])
+    assert len(bank) == 3
+
+
+def test_one_id_on_two_shelves_is_refused():
+    bank, first = Bank(1), skill("a", task="")
+    bank.absorb([first])
+    with pytest.raises(ValueError, match="make ids with skill_id"):
+        bank.absorb([dataclasses.replace(first, family="g")])
+
+
+@pytest.mark.parametrize("task", ["fake/test/0", "fake/validation/3", "train", "t"])
+def test_a_skill_of_an_evaluation_task_never_enters(task, tmp_path):
+    bank = Bank(4)
+    with pytest.raises(ValueError, match=f"task='{task}' is not one of"):
+        bank.absorb([skill("a"), skill("b", task=task)])
+    assert len(bank) == 0
+    bank.absorb([skill("a")])
+    state = json.loads(json.dumps(bank.state()))
+    state["entries"][0]["skill"]["task"] = task
+    with pytest.raises(ValueError, match="must not enter"):
+        Bank.from_state(state)
+    bank.save(tmp_path / "skills.jsonl")
+    text = (tmp_path / "skills.jsonl").read_text().replace(T, task)
+    (tmp_path / "skills.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="line 1: task="):
+        Bank.load(tmp_path / "skills.jsonl", 4)
+
+
+def near(word, **more):
+    """Nine words: two of them that differ in one share at most 6 of 8 trigrams."""
+    text = f"{word} the apple to the shelf and close it"
+    id = skill_id(T, text, "", ())
+    return Skill(id, text, "", (), T, "f", more.pop("source", word), 0, 0.5, **more)
+
+
+def test_near_duplicates_merge_from_the_similarity_on():
+    # Nine words have 7 trigrams; another first word changes 1: 6 shared of 8.
+    for similarity, count in ((0.75, 1), (0.76, 2), (1.0, 2)):
+        bank = Bank(8, similarity=similarity)
+        bank.absorb([near("move", policy=3), near("take", policy=5)])
+        assert len(bank) == count
+    bank = Bank(8, similarity=0.75)
+    bank.absorb([near("move", policy=3), near("take", policy=5)])
+    (kept,) = bank.for_task(T)
+    assert kept == near("move", policy=5)
+    assert bank.sources(kept.id) == ("move", "take")
+    bank.absorb([dataclasses.replace(near("take"), task=U, id="another task's")])
+    assert len(bank) == 2
+
+
+def test_equal_texts_alone_merge_at_similarity_one():
+    bank = Bank(8)
+    shout = dataclasses.replace(near("move"), id="louder")
+    shout = dataclasses.replace(shout, success_analysis=shout.text.upper())
+    bank.absorb([near("move"), shout])
+    assert len(bank) == 2
+
+
+def test_a_similarity_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="skills.similarity=0 must be in"):
+        Bank(1, similarity=0)
+
+
+def test_credit_remembers_the_latest_iteration():
+    bank, a = Bank(4), skill("a")
+    bank.absorb([a])
+    bank.credit([(a.id, 1.0)])
+    assert bank.stats(a.id) == Stats(1, 1.0, -1)
+    bank.credit([(a.id, 1.0)], 7)
+    bank.credit([(a.id, 1.0)])
+    assert bank.stats(a.id).last_shown == 7
+
+
+# As written before skills had a scope, a policy and a maker.
+OLD_SKILL = {
+    "id": "x",
+    "success_analysis": "solved",
+    "mistake_analysis": "none",
+    "golden_workflow": ["go"],
+    "task": T,
+    "family": "f",
+    "source": "1/2",
+    "born": 1,
+    "reward": 0.5,
+}
+
+
+def test_a_state_of_an_older_run_is_read():
+    entry = {"skill": OLD_SKILL, "sources": ["1/2", "1/3"], "uses": 2, "total": 1.5}
+    counts = {"absorbed": 5, "merged": 1, "evicted": 4}
+    bank = Bank.from_state({"capacity": 3, **counts, "entries": [entry]})
+    assert bank.counts == {"held": 1, **counts}
+    assert bank.stats("x") == Stats(2, 0.75, -1)
+    (skill,) = bank.for_task(T)
+    assert (skill.policy, skill.maker) == (0, "template")
+    assert bank.sources("x") == ("1/2", "1/3")
+    assert bank.state()["family_capacity"] == 64
+
+
+def test_a_file_of_an_older_run_is_read(tmp_path):
+    line = OLD_SKILL | {"sources": ["1/2"], "uses": 4, "mean_reward": 0.25}
+    (tmp_path / "old.jsonl").write_text(json.dumps(line) + "\n")
+    bank = Bank.load(tmp_path / "old.jsonl", 3)
+    assert bank.stats("x") == Stats(4, 0.25)
+
+
+def test_what_was_saved_is_loaded_uses_and_all(tmp_path):
+    bank = Bank(2, family_capacity=3, global_capacity=4, similarity=0.9)
+    odd = "line\u2028end \x85 <|im_end|>\n\ud800"
+    bank.absorb([skill(odd, source="1", policy=4, maker="policy"), skill("b")])
+    bank.absorb([skill("c", task=""), skill("d", task="", family="")])
+    first = bank.for_task(T)[0]
+    bank.absorb([dataclasses.replace(first, source="2")])
+    bank.credit([(first.id, 0.1)] * 3, 5)
+    path = tmp_path / "skills.jsonl"
+    bank.save(path)
+    again = Bank.load(
+        path, 2, family_capacity=3, global_capacity=4, similarity=0.9
+    ).state()
+    state = bank.state()
+    # The surrogate, which no file can hold, is the only loss.
+    text = again["entries"][0]["skill"].pop("success_analysis")
+    assert text == odd.replace("\ud800", "?")
+    workflow = again["entries"][0]["skill"].pop("golden_workflow")
+    assert workflow[0] == f"take {text}"
+    for name in ("success_analysis", "golden_workflow"):
+        del state["entries"][0]["skill"][name]
+    assert again["entries"] == state["entries"]
+
+
+def test_loading_into_a_smaller_bank_keeps_the_best(tmp_path):
+    bank = Bank(4)
+    bank.absorb([skill(word, reward=r) for word, r in zip("abcd", (0.9, 0.1, 0.3, 1))])
+    bank.save(tmp_path / "skills.jsonl")
+    again = Bank.load(tmp_path / "skills.jsonl", 2)
+    assert held(again) == ["a", "d"]
+    assert again.counts["evicted"] == 2
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ("{", "line 2 is no JSON"),
+        ("[1]", "line 2 has no id; a skill has id, success_analysis"),
+        ({"reward": "good"}, "line 2: reward='good' must be a number"),
+        ({"reward": float("nan")}, "line 2: reward=nan must be finite"),
+        ({"born": 1.5}, "line 2: born=1.5 must be a whole number"),
+        ({"uses": True}, "line 2: uses=True must be a whole number"),
+        ({"uses": -1}, "line 2: uses=-1 must be at least 0"),
+        ({"golden_workflow": "go"}, "line 2: golden_workflow='go' must be a list"),
+        ({"golden_workflow": [1]}, "must be a list of texts"),
+        ({"family": None}, "line 2: family=None must be a text"),
+        ({"sources": "x"}, "line 2: sources='x' must be a list of texts"),
+        ({"id": "x"}, "line 2: x was there before"),
+    ],
+)
+def test_a_damaged_line_is_named(line, fault, tmp_path):
+    if isinstance(line, dict):
+        line = json.dumps(OLD_SKILL | {"id": "y"} | line)
+    path = tmp_path / "skills.jsonl"
+    path.write_text(json.dumps(OLD_SKILL) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=f"skills.jsonl, {fault}|{fault}"):
+        Bank.load(path, 3)
+
+
+def test_a_missing_file_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"from .*nowhere.jsonl: .*No such file"):
+        Bank.load(tmp_path / "nowhere.jsonl", 3)
+
+
+class Naive:
+    """The bank as lists and dicts, for tasks and families alike."""
+
+    def __init__(self, rooms):
+        self.rooms, self.shelves, self.evicted = rooms, {}, 0
+
+    def absorb(self, skill):
+        name = (skill.task, "" if skill.task else skill.family)
+        shelf = self.shelves.setdefault(name, {})
+        if skill.id in shelf:
+            entry = shelf[skill.id]
+            entry["sources"] |= {skill.source: None}
+            entry["reward"] = max(entry["reward"], skill.reward)
+            return
+        shelf[skill.id] = {
+            "sources": {skill.source: None},
+            "reward": skill.reward,
+            "family": skill.family,
+            "uses": 0,
+            "total": 0.0,
+            "age": self.evicted + sum(map(len, self.shelves.values())),
+        }
+        if len(shelf) > self.rooms[skill.scope]:
+            values = {
+                id: (e["reward"] + e["total"]) / (1 + e["uses"])
+                for id, e in shelf.items()
+            }
+            del shelf[min(shelf, key=values.get)]
+            self.evicted += 1
+
+    def credit(self, id, reward):
+        for shelf in self.shelves.values():
+            if id in shelf:
+                shelf[id]["uses"] += 1
+                shelf[id]["total"] += reward
+
+    def ids(self, wanted):
+        found = {
+            id: e["age"]
+            for name, shelf in self.shelves.items()
+            for id, e in shelf.items()
+            if wanted(name, e)
+        }
+        return sorted(found, key=found.get)
+
+
+def ids(skills):
+    return [skill.id for skill in skills]
+
+
+def agree(bank, naive):
+    for task in (T, U, V):
+        wanted = naive.ids(lambda name, e, task=task: name[0] == task)
+        assert ids(bank.for_task(task)) == wanted
+    for family in "fg":
+        wanted = naive.ids(lambda _, e, family=family: e["family"] == family)
+        assert ids(bank.for_family(family)) == wanted
+    assert ids(bank.for_all()) == naive.ids(lambda name, e: name == ("", ""))
+    assert bank.counts["evicted"] == naive.evicted
+    only = {}
+    for shelf in naive.shelves.values():
+        for id, entry in shelf.items():
+            mean = entry["total"] / entry["uses"] if entry["uses"] else 0.0
+            assert bank.stats(id) == Stats(entry["uses"], mean)
+            assert bank.sources(id) == tuple(entry["sources"])
+            if len(entry["sources"]) == 1:
+                only.setdefault(next(iter(entry["sources"])), set()).add(id)
+    for source in ("0", "1", "2"):
+        rows = bank.only_rows(source)
+        assert list(rows) == sorted(rows)
+        assert set(ids(bank.skills(rows))) == only.get(source, set())
+
+
+def test_random_histories_agree_with_a_dict(monkeypatch):
+    monkeypatch.setattr("skillsd_jax.skills.bank.SPARE", 3)  # compact often
+    scopes = [(T, "f"), (U, "f"), (V, "g"), ("", "f"), ("", "g"), ("", "")]
+    for seed in range(15):
+        draw = random.Random(seed)
+        rooms = {"task": 2, "family": 3, "global": 4}
+        bank, naive = Bank(*rooms.values()), Naive(rooms)
+        seen = []
+        for step in range(150):
+            if draw.random() < 0.6 or not seen:
+                task, family = draw.choice(scopes)
+                new = skill(
+                    f"w{draw.randrange(12)}",
+                    task,
+                    family,
+                    source=str(draw.randrange(3)),
+                    reward=draw.randrange(3) / 2,
+                )
+                seen.append(new.id)
+                bank.absorb([new])
+                naive.absorb(new)
+            else:
+                id, reward = draw.choice(seen), draw.random()
+                bank.credit([(id, reward)])
+                naive.credit(id, reward)
+            if step % 10 == 0:
+                agree(bank, naive)
+            if step == 75:
+                bank = Bank.from_state(json.loads(json.dumps(bank.state())))
+        agree(bank, naive)
+        assert bank.counts["evicted"] > 20
+
+
+def test_ten_thousand_skills_on_one_shelf_or_over_tasks():
+    many = [skill(f"w{i}", task="", family="", reward=i / 2e4) for i in range(12_000)]
+    bank = Bank(8, global_capacity=10_000)
+    bank.absorb(many)
+    assert bank.for_all() == tuple(many[2_000:])
+    assert len(bank.columns) <= 2 * len(bank) + 64
+    bank = Bank(8)
+    bank.absorb(
+        skill(f"w{i}", f"fake/train/{i % 1250}", reward=0.5) for i in range(12_500)
+    )
+    assert len(bank) == 10_000
+    assert words(bank.for_task(T)) == [f"w{i * 1250}" for i in range(2, 10)]
+    rows = bank.family_rows("f")
+    assert len(rows) == 10_000 and (np.diff(rows) > 0).all()
+
+
+def test_absorbing_and_crediting_touch_their_own_shelf_alone(monkeypatch):
+    bank = Bank(2, global_capacity=1000)
+    bank.absorb([skill(f"w{i}", task="", family="") for i in range(900)])
+    looked = []
+    value = type(bank.columns).value
+
+    def watched(self, rows):
+        looked.append(len(rows))
+        return value(self, rows)
+
+    monkeypatch.setattr(type(bank.columns), "value", watched)
+    bank.absorb([skill(word) for word in "abc"])
+    bank.credit([(bank.for_task(T)[0].id, 1.0)])
+    assert looked == [3]
+
+
+SAVING = """
+import sys
+from skillsd_jax.skills.bank import Bank
+from skillsd_jax.skills.skill import Skill
+banks = [Bank(8, global_capacity=10_000) for _ in range(2)]
+for count, bank in zip((2000, 5000), banks):
+    bank.absorb(
+        Skill(str(i), "word " * 20, "", ("go",), "", "", "s", 0, 0.5)
+        for i in range(count)
+    )
+banks[0].save(sys.argv[1])
+print("ready", flush=True)
+while True:
+    for bank in banks:
+        bank.save(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_during_save_never_leaves_a_damaged_file(tmp_path):
+    path = tmp_path / "skills.jsonl"
+    draw = random.Random(0)
+    for _ in range(10):
+        saving = subprocess.Popen(
+            [sys.executable, "-c", SAVING, str(path)], stdout=subprocess.PIPE
+        )
+        assert saving.stdout.readline() == b"ready\n"
+        time.sleep(draw.uniform(0, 0.3))
+        saving.send_signal(signal.SIGKILL)
+        saving.wait()
+        saving.stdout.close()
+        again = Bank.load(path, 8, global_capacity=10_000)
+        assert len(again) in (2000, 5000)
