@@ -28,17 +28,9 @@ def check(config: settings.Config) -> None:
             "optimizer.name": optimizers.OPTIMIZERS,
         },
     )
-    _check_skills(config.skills)
     _check_method(config)
     _check_skills(config)
     _probe(config)
-
-
-def _check_skills(skills: settings.Skills) -> None:
-    try:
-        retrieval.check(skills.retrieval, skills.embedding)
-    except ValueError as fault:
-        raise Refused(str(fault)) from fault
 
 
 def _check_method(config: settings.Config) -> None:
@@ -83,9 +75,10 @@ def _check_method(config: settings.Config) -> None:
 
 
 def _check_skills(config: settings.Config) -> None:
-    """Libraries can be read, and whoever is to write can be asked."""
+    """Libraries can be read, rules are known, and whoever is to write can be asked."""
     skills = config.skills
     try:
+        retrieval.check(skills.retrieval, skills.embedding)
         summaries.open_bank(skills)
         if skills.maker == "endpoint":
             summaries.asked_of(skills.endpoint, config.seed)

@@ -248,7 +248,7 @@ def test_invalid_turns_cost_the_penalty_each(prompter):
     bad = episode(prompter, 3, ("dance", "sing"), False, valid=False)
     played = experience.Experience([bad], [0], 0)
     objective = settings.Objective(invalid_action_penalty=0.1)
-    views = experience.views(played, [None], prompter, objective)
+    views = experience.views(played, [()], prompter, objective)
     assert [row.reward for row in views.rows] == pytest.approx([-0.2, -0.2])
 
 
@@ -257,12 +257,12 @@ def test_with_row_statistics_a_row_pays_for_its_own_turns(prompter):
     turns = (bad.turns[0], dataclasses.replace(bad.turns[1], valid=True))
     played = experience.Experience([dataclasses.replace(bad, turns=turns)], [0], 0)
     objective = settings.Objective(invalid_action_penalty=0.1, statistics="row")
-    views = experience.views(played, [None], prompter, objective)
+    views = experience.views(played, [()], prompter, objective)
     assert [row.reward for row in views.rows] == pytest.approx([-0.1, 0.0])
 
 
 def test_turns_count_on_over_windowed_rows(played, prompter):
-    views = experience.views(played, [None] * 4, prompter, settings.Objective())
+    views = experience.views(played, [()] * 4, prompter, settings.Objective())
     first = [list(row.turns) for row in views.rows if row.trajectory == 0]
     assert first == [[0], [1], [2], [3]]
 
@@ -280,7 +280,7 @@ def test_the_penalty_of_a_row_agrees_with_the_released_code(prompter):
     ]
     penalised = experience.views(
         experience.Experience(trajectories, [0] * 4, 0),
-        [None] * 4,
+        [()] * 4,
         prompter,
         settings.Objective(
             statistics="row", invalid_action_penalty=float(data["coef"])

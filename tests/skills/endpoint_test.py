@@ -14,6 +14,7 @@ from skillsd_jax.skills import endpoint as module
 from skillsd_jax.skills import exchange, written
 from skillsd_jax.skills.endpoint import FAILURES, Endpoint, Writer
 from skillsd_jax.skills.recording import Exchange, Recording, Replay
+from skillsd_jax.skills.summarizer import Group
 from skillsd_jax.skills.written import Room, Unreadable
 from skillsd_jax.trajectory import Task, Trajectory, Turn
 from tests.skills.server import INJECTED, KEY, serving, skill
@@ -493,13 +494,15 @@ def test_a_writer_that_is_never_closed_lets_the_process_end():
 
 
 def test_a_writer_makes_skills():
-    groups = [written.Group([episode(n)], [f"1/{n}"], 1) for n in range(4)]
     writing = written.Writing("endpoint", WORDS)
+    groups = [Group([episode(n)], [f"1/{n}"]) for n in range(4)]
+    requests = [written.Request.of(group, writing.limits) for group in groups]
     with (
         serving("fails_then_works", times=1) as server,
         Writer(settings(server, concurrency=2)) as writer,
     ):
-        made, outcomes = written.skills(groups, writer.write, writing)
+        answers = writer.write([request.text for request in requests])
+    made, outcomes = written.read(requests, answers, writing, born=1)
     assert len(made) == 3 and outcomes == {"made": 3, "failed": 1}
     assert {one.maker for one in made} == {"endpoint"}
 

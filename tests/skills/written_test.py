@@ -9,9 +9,16 @@ from collections import Counter
 import pytest
 
 from skillsd_jax.skills import untrusted, written
-from skillsd_jax.skills.bank import skill_id
-from skillsd_jax.skills.summarizer import render
-from skillsd_jax.skills.written import Fields, Group, Limits, Room, Unreadable, Writing
+from skillsd_jax.skills.skill import skill_id
+from skillsd_jax.skills.summarizer import Group, render
+from skillsd_jax.skills.written import (
+    Fields,
+    Limits,
+    Request,
+    Room,
+    Unreadable,
+    Writing,
+)
 from skillsd_jax.trajectory import Task, Trajectory, Turn
 from tests.skills.server import INJECTED
 from tests.skills.server import skill as answer
@@ -36,6 +43,10 @@ def episode(turns, success=True, instruction="take the apple", seed=5, reward=No
 def numbered(count, **options):
     turns = [turn(f"room {n}.", f"go to door {n}", f"done {n}.") for n in range(count)]
     return episode(turns, **options)
+
+
+def asked(group):
+    return Request.of(group, WRITING.limits)
 
 
 def quoted(text):
@@ -283,7 +294,7 @@ def test_written_text_cannot_close_the_block_or_begin_a_line():
         golden_workflow=[INJECTED, "</skill>"],
     )
     fields = written.parse(text, WORDS)
-    made, _ = written.read([Group([numbered(1)], ["1/0"], 1)], [text], WRITING)
+    made, _ = written.read([asked(Group([numbered(1)], ["1/0"]))], [text], WRITING, 1)
     shown = render(made[0])
     assert shown.count("<skill>") == shown.count("</skill>") == 1
     assert shown.endswith("\n</skill>") and len(shown.split("\n")) == 5
@@ -301,25 +312,21 @@ def test_plain_text_keeps_its_lines():
     assert untrusted.line(" a\n\n\u2028 b ") == "a b"
 
 
-def test_skills_are_asked_for_read_and_counted():
-    groups = [
-        Group([numbered(2)], ["3/0"], 3, policy=7),
-        Group([numbered(2, seed=6)], ["3/1"], 3),
-        Group([numbered(2, seed=7)], ["3/2"], 3),
-        Group(
-            [numbered(1, seed=8, success=False, reward=0.5), numbered(2, seed=8)],
-            ["3/3", "3/4"],
-            3,
+def test_answers_become_skills_or_are_counted():
+    requests = [
+        asked(Group([numbered(2)], ["3/0"], policy=7)),
+        asked(Group([numbered(2, seed=6)], ["3/1"])),
+        asked(Group([numbered(2, seed=7)], ["3/2"])),
+        asked(
+            Group(
+                [numbered(1, seed=8, success=False, reward=0.5), numbered(2, seed=8)],
+                ["3/3", "3/4"],
+            )
         ),
     ]
-    asked = []
-
-    def write(requests):
-        asked.extend(requests)
-        return [answer(), None, "no", answer(success_analysis="compared")]
-
-    made, outcomes = written.skills(groups, write, WRITING)
-    assert asked == [written.request(group.trajectories) for group in groups]
+    assert requests[0].text == written.request([numbered(2)])
+    answers = [answer(), None, "no", answer(success_analysis="compared")]
+    made, outcomes = written.read(requests, answers, WRITING, born=3)
     assert outcomes == Counter(made=2, failed=1, not_json=1)
     assert set(outcomes) <= set(written.OUTCOMES)
     one, compared = made
@@ -332,17 +339,14 @@ def test_skills_are_asked_for_read_and_counted():
     assert json.loads(json.dumps(dataclasses.asdict(one)))["policy"] == 7
 
 
-def test_nobody_is_asked_for_nothing():
-    def write(requests):
-        raise AssertionError("asked")
-
-    assert written.skills([], write, WRITING) == ([], Counter())
-
-
 def test_an_answer_short_is_a_mistake():
-    groups = [Group([numbered(1)], ["1/0"], 1)]
     with pytest.raises(ValueError, match="shorter"):
-        written.skills(groups, lambda requests: [], WRITING)
+        written.read([asked(Group([numbered(1)], ["1/0"]))], [], WRITING, 1)
+
+
+def test_a_request_survives_json():
+    request = asked(Group([numbered(2)], ["3/0"], policy=7))
+    assert Request(**json.loads(json.dumps(dataclasses.asdict(request)))) == request
 
 
 @pytest.mark.parametrize(
@@ -351,4 +355,4 @@ def test_an_answer_short_is_a_mistake():
 )
 def test_a_group_is_of_one_task_with_a_source_each(trajectories, sources):
     with pytest.raises(ValueError, match="give episodes of one task, a source each"):
-        Group(trajectories, sources, 0)
+        Group(trajectories, sources)
