@@ -18,7 +18,7 @@ from skillsd_jax.losses import (
 from skillsd_jax.losses.objective import terms, weights
 
 B, R = 6, 4
-NAMES = list(objective.OBJECTIVES)
+NAMES = [name for name, recipe in objective.OBJECTIVES.items() if recipe.terms]
 DISTILLED = {  # name → coefficient of its distillation
     "skill_sd": "sdl_lambda",
     "sdar": "sdar_coef",
@@ -413,6 +413,15 @@ def test_a_corrected_policy_gradient_is_exact_for_any_sampler(words, name):
     assert np.abs(plain - wanted).max() > 0.1
 
 
+def places(signals):
+    """Tokens by segment, and by spans of turns counted from 1."""
+    turn = signals.turn + 1
+    spans = {"1": (1, 1), "2": (2, 2), "3_4": (3, 4), "5_8": (5, 8), "9_16": (9, 16)}
+    spans |= {"17_32": (17, 32), "33_on": (33, 10**6)}
+    found = {f"turn_{n}": (turn >= a) & (turn <= b) for n, (a, b) in spans.items()}
+    return found | {"reason": signals.segment == 1, "action": signals.segment == 2}
+
+
 def test_metrics_average_over_their_own_tokens(signals):
     metrics = objective.recipe("sdar").loss(signals, settings("sdar")).metrics
     figures = {n: np.sum(v * w) / np.sum(w) for n, (v, w) in metrics.items()}
@@ -432,7 +441,15 @@ def test_metrics_average_over_their_own_tokens(signals):
         "clip_fraction": np.where(sign > 0, ratio > 1.2, ratio < 0.8).mean(),
         "dual_clip_fraction": ((sign < 0) & (ratio > 3)).mean(),
     }
+    for name, where in places(signals).items():
+        inside = skilled & where
+        if inside.any():
+            own_gap = (signals.teacher - signals.student)[inside]
+            expected[f"gap_{name}"] = own_gap.mean()
+        else:
+            assert np.isnan(figures.pop(f"gap_{name}"))
     assert figures.keys() == expected.keys()
+    assert {"gap_reason", "gap_action", "gap_turn_1"} <= expected.keys()
     assert 0 < expected["clip_fraction"] < 1
     for name, value in expected.items():
         np.testing.assert_allclose(figures[name], value, rtol=1e-5, err_msg=name)
@@ -827,7 +844,7 @@ def test_unknown_names_are_refused_with_the_known_ones(signals):
         objective.recipe("ppo")
     lines = str(error.value).splitlines()
     assert "'ppo' is unknown" in lines[0]
-    assert [line.split()[0] for line in lines[1:]] == NAMES
+    assert [line.split()[0] for line in lines[1:]] == list(objective.OBJECTIVES)
     with pytest.raises(ValueError, match="gate='or' is unknown; choose gap, entropy, "):
         total(signals, settings("sdar", gate="or"))
     with pytest.raises(ValueError, match="statistics='all' is unknown; choose traj"):
@@ -841,3 +858,8 @@ def test_unknown_names_are_refused_with_the_known_ones(signals):
 def test_rollouts_are_hinted_by_the_methods_that_say_so():
     hinted = {name for name in NAMES if objective.recipe(name).hinted}
     assert hinted == {"skill_grpo", "hdpo"}
+
+
+def test_prompting_with_skills_alone_learns_nothing():
+    recipe = objective.recipe("skill_prompt")
+    assert recipe.student_skill and not recipe.terms and not recipe.rewarded
