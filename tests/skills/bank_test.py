@@ -14,7 +14,6 @@ import pytest
 from skillsd_jax.skills.bank import Bank
 from skillsd_jax.skills.skill import Skill, Stats, skill_id
 
-
 T, U, V = (f"fake/train/{number}" for number in range(3))
 
 
