@@ -2,13 +2,19 @@
 
 import collections
 import math
+import os
+import re
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
 
 from skillsd_jax import config as settings
+from skillsd_jax.skills import embedding
 from skillsd_jax.skills.bank import Bank
-from skillsd_jax.skills.retrieval import RETRIEVAL, retrieve
+from skillsd_jax.skills.retrieval import RETRIEVAL, SHELVES, check, retrieve
 from skillsd_jax.skills.skill import Skill, skill_id
 from skillsd_jax.trajectory import Task
 
@@ -152,6 +158,325 @@ def test_a_task_without_skills_falls_back_to_its_family():
     assert ask(bank) is None  # its task has one, the row's own
 
 
-def test_an_unknown_rule_is_named():
-    with pytest.raises(ValueError, match="'best'; set one of none, random, ucb"):
-        ask(Bank(1), retrieval="best")
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("best", "unknown rule 'best'; set one of none, random, full, ucb, keyword"),
+        (
+            "attic:ucb",
+            "unknown shelf 'attic'; set one of nearest, task, family, global",
+        ),
+        ("ucb+", "unknown rule ''"),
+        ("", "unknown rule ''"),
+        ("task", "unknown rule 'task'"),
+        ("task:global:ucb", "unknown rule 'global:ucb'"),
+        ("ucb, random", "unknown rule 'ucb, random'"),
+    ],
+)
+def test_an_unknown_part_is_named(text, fault):
+    with pytest.raises(ValueError, match=fault):
+        ask(Bank(1), retrieval=text)
+    with pytest.raises(ValueError, match=re.escape(f"={text!r}: {fault}")):
+        check(text)
+
+
+def test_every_known_part_passes():
+    shelves = [f"{shelf}:{rule}" for shelf in SHELVES for rule in RETRIEVAL]
+    for text in (*shelves, *RETRIEVAL, "family", "global:random+nearest:ucb"):
+        check(text)
+
+
+def test_an_unknown_embedding_is_named():
+    known = "known: hashed, sentence-transformers:MODEL"
+    for name in ("glove", "", "sentence-transformers:"):
+        with pytest.raises(ValueError, match=f"unknown .*={name!r}; {known}"):
+            check("embedding", name)
+
+
+def wide(word, family="fetch", **more):
+    """A skill of a family, or with family='' for all."""
+    id = skill_id("", word, "none", (), family)
+    return Skill(id, word, "none", (), "", family, word, 0, more.pop("reward", 0.0))
+
+
+STRANGER = Task("fake", 9, "train", "fetch")
+FOREIGN = Task("fake", 9, "train", "another family")
+
+
+def shown(bank, retrieval, task=TASK, source="mine", **options):
+    config = settings.Skills(retrieval=retrieval, **options)
+    found = retrieve(bank, task, source, np.random.default_rng(0), config)
+    return [skill.success_analysis for skill in found]
+
+
+@pytest.fixture
+def shelves():
+    return bank_of(
+        skill("mine", reward=0.1),
+        skill("neighbour's", OTHER, reward=0.2),
+        wide("family's", reward=0.3),
+        wide("another family's", "another family", reward=0.4),
+        wide("all's", "", reward=0.5),
+    )
+
+
+def test_each_shelf_holds_what_it_says(shelves):
+    assert shown(shelves, "task:full") == ["mine"]
+    assert shown(shelves, "family:full") == ["family's", "neighbour's", "mine"]
+    assert shown(shelves, "global:full") == ["all's"]
+    assert shown(shelves, "bank:full") == [
+        *("all's", "another family's", "family's", "neighbour's", "mine")
+    ]
+
+
+def test_nearest_goes_from_the_task_to_the_family_to_all(shelves):
+    assert shown(shelves, "full") == shown(shelves, "nearest:full") == ["mine"]
+    assert shown(shelves, "full", STRANGER) == shown(shelves, "family:full")
+    assert shown(shelves, "full", FOREIGN) == ["another family's"]
+    nobody = Task("fake", 9, "train", "")
+    assert shown(shelves, "full", nobody) == ["all's"]
+
+
+def test_family_is_short_for_its_ucb(shelves):
+    assert shown(shelves, "family") == shown(shelves, "family:ucb") == ["family's"]
+
+
+def test_a_mixture_shows_its_parts_in_order_and_nothing_twice(shelves):
+    assert shown(shelves, "global:random+nearest:ucb") == ["all's", "mine"]
+    assert shown(shelves, "nearest:ucb+global:random") == ["mine", "all's"]
+    assert shown(shelves, "ucb+task:full+task:random") == ["mine"]
+    assert shown(shelves, "family+family:full+none") == shown(shelves, "family:full")
+    assert shown(shelves, "none+task:ucb") == ["mine"]
+    # The first choice is left out of what the second one shows, not of its pool.
+    assert shown(shelves, "family+family:ucb") == ["family's"]
+
+
+@pytest.mark.parametrize("rule", [name for name in RETRIEVAL if name != "none"])
+def test_no_rule_shows_the_skill_of_the_row_itself(rule):
+    bank = bank_of(skill("own", source="me", reward=1.0), skill("kin", OTHER))
+    assert shown(bank, f"bank:{rule}", source="me") == ["kin"]
+    assert shown(bank, f"task:{rule}", source="me") == []
+    assert shown(bank, f"task:{rule}", source="me", allow_own=True) == ["own"]
+
+
+def test_full_orders_by_value_then_age():
+    bank = bank_of(*(skill(w, reward=r) for w, r in zip("abcd", (0.5, 1, 0.5, 0.2))))
+    d = bank.for_task(TASK.key)[3]
+    bank.credit([(d.id, 1.0)] * 9)  # (0.2 + 9) / 10 = 0.92
+    assert shown(bank, "full") == ["b", "d", "a", "c"]
+
+
+def asks(instruction):
+    return Task("fake", 0, "train", "fetch", instruction)
+
+
+def test_keyword_shows_what_shares_most_words_and_rare_ones_weigh_more():
+    bank = bank_of(
+        skill("put the apple in the fridge"),
+        skill("put the mug in the sink"),
+        skill("put the book in the drawer"),
+    )
+    assert shown(bank, "keyword", asks("Find an APPLE, please")) == [
+        "put the apple in the fridge"
+    ]
+    # Shared: with the mug two common words and 'mug', with the book three common ones.
+    assert shown(bank, "keyword", asks("put the mug into it")) == [
+        "put the mug in the sink"
+    ]
+    # ln(1 + 4/3) + ln(1 + 4/3) = 1.69 of two common words; ln(1 + 4) = 1.61 of one rare
+    # and a third common word make the rare win: 2.46 against 1.69.
+    bank.absorb([skill("apple the")])
+    found = shown(bank, "keyword", asks("fridge"))
+    assert found == ["put the apple in the fridge"]
+
+
+def test_keyword_weighs_words_by_the_pool():
+    # 'rare' is in one of four, 'also' and 'common' in three: ln 5 = 1.61 against
+    # 2 ln(1 + 4/3) = 1.69; with one more of them 2 ln(1 + 5/4) = 1.62 against ln 6 = 1.79.
+    bank = bank_of(skill("rare"), *(skill(f"also common {i}") for i in range(3)))
+    assert shown(bank, "keyword", asks("rare also common")) == ["also common 0"]
+    bank.absorb([skill("also common 4")])
+    assert shown(bank, "keyword", asks("rare also common")) == ["rare"]
+    # What another family holds does not count.
+    bank.absorb([wide(f"rare {i}", "another family") for i in range(9)])
+    assert shown(bank, "keyword", asks("rare also common")) == ["rare"]
+
+
+@pytest.mark.parametrize("rule", ["keyword", "embedding"])
+def test_of_equally_near_skills_the_best_value_is_shown(rule):
+    bank = bank_of(
+        skill("take apple", reward=0.2),
+        skill("take apple", OTHER, reward=0.9),
+        skill("take mug", reward=1.0),
+    )
+    config = settings.Skills(retrieval=f"family:{rule}")
+    found = retrieve(bank, asks("apple"), "", np.random.default_rng(0), config)
+    assert [s.task for s in found] == [OTHER.key]
+    # Nothing in common with any: the best of all.
+    assert shown(bank, f"family:{rule}", asks("")) == ["take mug"]
+
+
+def test_embedding_finds_a_word_in_another_form():
+    bank = bank_of(
+        skill("cooling potatoes with the fridge"),
+        skill("heating eggs in the microwave"),
+        skill("clean the plate under the faucet"),
+    )
+    assert shown(bank, "embedding", asks("heat an egg")) == [
+        "heating eggs in the microwave"
+    ]
+    assert shown(bank, "embedding", asks("a cool potato")) == [
+        "cooling potatoes with the fridge"
+    ]
+
+
+@pytest.mark.parametrize("rule", ["keyword", "embedding"])
+def test_what_is_kept_of_the_texts_is_as_if_made_anew(rule, monkeypatch):
+    """Skills come, go and are renumbered between questions."""
+    monkeypatch.setattr("skillsd_jax.skills.bank.SPARE", 2)
+    rng = np.random.default_rng(0)
+    nouns = ["apple", "mug", "book", "plate", "egg", "pan"]
+    bank, renumbered = Bank(3), 0
+    for step in range(150):
+        said = " ".join(rng.choice(nouns, 3))
+        task = (TASK, OTHER)[rng.integers(2)]
+        before = len(bank.columns)
+        bank.absorb([skill(said, task, reward=float(rng.integers(3)) / 2)])
+        renumbered += len(bank.columns) < before
+        question = asks(" ".join(rng.choice(nouns, 2)))
+        for shelf in ("nearest", "family"):
+            fresh = Bank.from_state(bank.state())
+            kept = shown(bank, f"{shelf}:{rule}", question)
+            assert kept == shown(fresh, f"{shelf}:{rule}", question)
+            assert len(kept) == 1
+    assert renumbered > 3
+    assert bank.indices and not fresh.state().keys() & {"indices"}
+
+
+def test_each_skill_is_embedded_once(monkeypatch):
+    seen = []
+
+    def lengths(texts):
+        seen.extend(texts)
+        return np.array([[len(text), 1.0] for text in texts])
+
+    monkeypatch.setitem(embedding.EMBEDDINGS, "lengths", lengths)
+    bank = bank_of(skill("a"), skill("a much longer text"))
+    for _ in range(3):
+        found = shown(
+            bank, "embedding", asks("as long as it is, or so"), embedding="lengths"
+        )
+        assert found == ["a much longer text"]
+    bank.absorb([skill("new")])
+    shown(bank, "embedding", asks("as long as it is, or so"), embedding="lengths")
+    assert sorted(seen) == sorted(
+        [s.text for s in bank.for_task(TASK.key)] + ["as long as it is, or so"]
+    )
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(3), np.zeros((5, 2)), [[np.nan]]])
+def test_an_embedding_of_another_shape_is_refused(wrong, monkeypatch):
+    monkeypatch.setitem(embedding.EMBEDDINGS, "wrong", lambda texts: wrong)
+    with pytest.raises(ValueError, match=r"must be finite floats \[1, d\]"):
+        shown(bank_of(skill("a")), "embedding", embedding="wrong")
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'skillsd_jax\[embeddings\]'"):
+        check("embedding", "sentence-transformers:all-MiniLM-L6-v2")
+
+
+def test_a_sentence_transformer_is_asked_for_by_name(monkeypatch):
+    asked = []
+
+    class Model:
+        def __init__(self, name):
+            asked.append(name)
+
+        def encode(self, texts):
+            return np.array([[1.0, text.count("egg")] for text in texts])
+
+    module = types.SimpleNamespace(SentenceTransformer=Model)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: module)
+    bank = bank_of(skill("mug"), skill("egg egg"))
+    name = "sentence-transformers:some/model"
+    assert shown(bank, "embedding", asks("egg egg"), embedding=name) == ["egg egg"]
+    assert shown(bank, "embedding", asks("none"), embedding=name) == ["mug"]
+    assert asked == ["some/model"]
+
+
+def test_hashed_vectors_are_the_same_in_another_process():
+    code = (
+        "from skillsd_jax.skills.embedding import hashed\n"
+        "print(hashed(['Take the ÄPFEL, 1 2 3', '']).tolist())"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, env=environment
+    )
+    vectors = embedding.hashed(["Take the ÄPFEL, 1 2 3", ""])
+    assert out.stdout.decode().strip() == str(vectors.tolist())
+    assert vectors.shape == (2, embedding.SIZE) and not vectors[1].any()
+
+
+def test_a_rule_of_ones_own_is_an_entry(monkeypatch):
+    def newest(pool, query):
+        return [int(pool.born.argmax())]
+
+    monkeypatch.setitem(RETRIEVAL, "newest", newest)
+    bank = bank_of(skill("a", born=3), skill("b", born=5), skill("c", born=4))
+    assert shown(bank, "newest") == ["b"]
+
+
+# Values of twenty arms, evenly from 0.05 to 0.95: the best is 0.95.
+ARMS = np.linspace(0.05, 0.95, 20)
+
+
+@pytest.mark.parametrize("exploration, pulls", [(0.3, slice(0, 500)), (1.0, None)])
+def test_ucb_finds_the_best_of_twenty_skills(exploration, pulls):
+    """Mean over 40 banks of 500 pulls each, true values of what was shown.
+
+    With c = 0.3 the average over all pulls is at least 90 % of the best arm's 0.95.
+    With c = 1, the default, UCB still explores after 500 pulls of so many arms: what it
+    has learned is then the arm of the greatest mean.
+    """
+    reached, learned = [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        bank = Bank(20)
+        order = rng.permutation(20)
+        bank.absorb([skill(str(arm), reward=1.0) for arm in order])
+        config = settings.Skills(exploration=exploration)
+        values = []
+        for _ in range(500):
+            (found,) = retrieve(bank, TASK, "", rng, config)
+            value = ARMS[int(found.success_analysis)]
+            values.append(value)
+            bank.credit([(found.id, float(rng.random() < value))])
+        reached.append(np.mean(values))
+        means = {s: bank.stats(s.id).mean_reward for s in bank.for_task(TASK.key)}
+        learned.append(ARMS[int(max(means, key=means.get).success_analysis)])
+    print(
+        exploration,
+        np.mean(reached) / 0.95,
+        np.std(reached) / 0.95,
+        np.min(reached) / 0.95,
+        np.mean(learned) / 0.95,
+        np.std(learned) / 0.95,
+    )
+
+
+def test_ten_thousand_skills_are_looked_through_by_every_rule():
+    nouns = ["apple", "mug", "book", "plate", "egg", "pan"]
+    bank = Bank(8, global_capacity=10_000)
+    bank.absorb(
+        wide(f"put {nouns[i % 6]} {i}", "", reward=i % 7 / 6) for i in range(10_000)
+    )
+    for rule in RETRIEVAL:
+        found = shown(bank, f"global:{rule}", asks("put egg 4 away"))
+        assert len(found) == {"none": 0, "full": 10_000}.get(rule, 1)
+        if rule in ("keyword", "embedding"):
+            assert found == ["put egg 4"]
