@@ -1,5 +1,6 @@
 """A whole run at toy size: it leaves what it promises, repeats, resumes, refuses."""
 
+import io
 import json
 import os
 import signal
@@ -8,8 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
-from skillsd_jax import checkpoint, metrics, practice, train, validation
+from skillsd_jax import checkpoint, inspection, metrics, practice, train, validation
 from skillsd_jax import config as settings
 from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import OBJECTIVES
@@ -58,7 +60,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert json.loads((work / "summary.json").read_text())["seed"] == 0
     for key in ("before", "after", "before_greedy", "after_greedy"):
         assert {"success", "low", "high", "n"} <= summary[key].keys()
-    for key in ("teacher_before", "student_on_teacher_panel"):
+    for key in ("teacher_before", "student_on_teacher_panel", "teacher_after"):
         assert summary[key].keys() == {"success", "low", "high", "n"}
     assert summary["data"] == "generated"
     assert summary["panel"]["size"] == 4 and len(summary["panel"]["hash"]) == 16
@@ -75,6 +77,8 @@ def test_every_iteration_has_every_figure(finished):
     for row in rows:
         assert wanted <= row.keys()
         assert {"held", "used", "cut", "dropped"} <= row["skills"].keys()
+        assert {"asked", "made", "failed", "age", "uses"} <= row["skills"].keys()
+        assert {"gap_action", "gap_turn_1", "gap_turn_3_4"} <= row.keys()
         assert {"rollout", "skills", "update"} <= row["seconds"].keys()
     assert "evaluation" in rows[1]
 
@@ -95,6 +99,26 @@ def test_two_runs_with_one_seed_give_identical_metrics(finished):
     again = train.run(toy(tmp), str(tmp / "again"))
     assert figures(tmp / "again") == figures(tmp / "work")
     assert again["after"] == summary["after"]
+
+
+def test_both_views_of_an_episode_stand_side_by_side(finished):
+    work = finished[0] / "work"
+    config = validation.read_config(work)
+    student = inspection.restore(config, work, None, lambda line: None)
+    assert student.iteration == 4
+    seen = inspection.inspect(student, config, seed=0)
+    scored = 0
+    for row, student_says in zip(seen.rows, seen.student):
+        (reply,) = [segment for segment in row.student if segment.scored]
+        found = student_says[: len(reply.tokens)]
+        np.testing.assert_allclose(found, reply.logprobs, atol=1e-4)
+        scored += len(reply.tokens)
+    console = Console(file=io.StringIO(), width=200)
+    console.print(inspection.render(seen))
+    text = console.file.getvalue()
+    assert text.count("⟦") == text.count("⟧") == 2 * scored  # in either view
+    assert text.count("golden_workflow") == len(seen.rows)  # in the teacher's alone
+    assert not set(text) & set("\x1b\x00")
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(finished, monkeypatch):
@@ -306,6 +330,28 @@ def test_skill_grpo_is_measured_with_and_without_skills(finished):
     assert rows[-1]["skills"]["used"] > 0
     assert [row["compilations"] for row in rows[2:]] == [0, 0]
     assert rows[-1]["ratio"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_prompting_with_skills_leaves_the_weights_alone_and_measures_both(finished):
+    tmp, _ = finished
+    config = toy(tmp, name="skill_prompt")
+    config.iterations = 2
+    summary = train.run(config, str(tmp / "prompted"))
+    assert summary["after"] == summary["before"]
+    assert {"before_with_skills", "after_with_skills"} <= summary.keys()
+    rows = metrics.read(tmp / "prompted" / "metrics.jsonl")
+    assert "loss" not in rows[0] and rows[1]["skills"]["used"] > 0
+
+
+def test_some_groups_may_play_and_learn_with_a_skill(finished):
+    tmp, _ = finished
+    config = toy(tmp)
+    config.rollout.hinted_groups = 1
+    train.run(config, str(tmp / "hinted"))
+    rows = metrics.read(tmp / "hinted" / "metrics.jsonl")
+    assert [row["compilations"] for row in rows[2:]] == [0, 0]
+    hinted = [row for row in rows if "success_hinted" in row]
+    assert hinted and all(0 < row["skills"]["used"] < 1 for row in hinted)
 
 
 def test_an_external_teacher_is_a_warm_start_of_another_seed_and_named(finished):
