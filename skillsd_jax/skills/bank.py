@@ -24,6 +24,15 @@ _ROOM = {
 _NONE = np.zeros(0, np.int64)
 
 
+def check_split(skill: Skill) -> None:
+    """Raises ValueError for a skill of an evaluation task: it would tell the answer."""
+    if skill.task and skill.task.split("/")[1:2] != [TRAINING]:
+        raise ValueError(
+            f"task={skill.task!r} is not one of environment/{TRAINING}/seed: a skill of "
+            "another split must not enter the bank; leave it out"
+        )
+
+
 class Index(Protocol):
     """What retrieval derives from the texts of a bank, kept between questions."""
 
@@ -112,7 +121,7 @@ class Bank:
         """
         skills = list(skills)
         for skill in skills:
-            _check(skill)
+            check_split(skill)
         for skill in skills:
             held = self._held(skill)
             if held is None:
@@ -209,7 +218,7 @@ class Bank:
             fields = dict(entry["skill"])
             fields["golden_workflow"] = tuple(fields["golden_workflow"])
             skill = Skill(**fields)
-            _check(skill)
+            check_split(skill)
             sources = tuple(entry["sources"])
             bank._add(Record(**{**entry, "skill": skill, "sources": sources}))
         bank._absorbed = state["absorbed"]
@@ -238,9 +247,9 @@ class Bank:
           ValueError: there is no such file, or a line is not right; it names the line.
         """
         bank = cls(capacity, **options)
-        for where, record in records.read(path):
+        for where, record in records.parse(path):
             try:
-                _check(record.skill)
+                check_split(record.skill)
             except ValueError as fault:
                 raise ValueError(f"{where}: {fault}") from fault
             if record.skill.id in bank._row:
@@ -373,12 +382,3 @@ class Bank:
 def _name(skill: Skill) -> tuple[str, str]:
     """Of its shelf; a task's skills stand together whatever family they name."""
     return (skill.task, "") if skill.task else ("", skill.family)
-
-
-def _check(skill: Skill) -> None:
-    """Skills of evaluation tasks would tell a panel what it is to be asked."""
-    if skill.task and skill.task.split("/")[1:2] != [TRAINING]:
-        raise ValueError(
-            f"task={skill.task!r} is not one of environment/{TRAINING}/seed: a skill of "
-            "another split must not enter the bank; leave it out"
-        )

@@ -46,14 +46,7 @@ def hashed(texts: list[str], weights: np.ndarray | None = None) -> np.ndarray:
 
     Source: feature hashing, Weinberger et al. 2009, arXiv:0902.2206.
     """
-    out = np.zeros((len(texts), SIZE))
-    for vector, text in zip(out, texts):
-        buckets, counts = features(text)
-        if weights is not None:
-            counts = counts * weights[buckets]
-        signs = 1.0 - 2.0 * (buckets // SIZE % 2)
-        vector += np.bincount(buckets % SIZE, signs * counts, minlength=SIZE)
-    return out
+    return _sums([features(text) for text in texts], weights)
 
 
 def features(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -100,9 +93,9 @@ class Vectors:
         self._embed = EMBEDDINGS[name] if name in EMBEDDINGS else _model(name)
         self._room = np.zeros((0, 0), np.float32)
         self._alive = np.zeros(0, bool)  # rows whose features are counted
-        self._features: list[np.ndarray] = []  # buckets by row
+        self._features: dict[int, np.ndarray] = {}  # row → buckets, if hashed
         self._counts = np.zeros(BUCKETS)  # skills that have the bucket
-        self._ask = functools.lru_cache(1024)(lambda text: self._vectors([text])[0])
+        self._ask = functools.lru_cache(1024)(self._asked)
 
     def cosine(self, bank: Bank, rows: np.ndarray, text: str) -> np.ndarray:
         """[n] in [−1, 1], of the text and each of the rows."""
@@ -122,8 +115,12 @@ class Vectors:
         live[known] = True
         self._forget(live)
         self._room, self._alive = self._room[known], self._alive[known]
-        if self._hashed:
-            self._features = [self._features[row] for row in known.tolist()]
+        new = {row: number for number, row in enumerate(known.tolist())}
+        held = self._features.items()
+        self._features = {new[row]: found for row, found in held if row in new}
+
+    def _asked(self, text: str) -> np.ndarray:
+        return _unit(_checked(self._embed([text]), 1))[0]
 
     def _question(self, text: str) -> np.ndarray:
         if not self._hashed:
@@ -144,7 +141,7 @@ class Vectors:
         new = np.arange(old, len(live))
         fresh = new[live[old:]]
         texts = [skill.text for skill in bank.skills(fresh)]
-        vectors = self._vectors(texts) if texts else self._room[:0]
+        vectors = self._vectors(texts, fresh) if texts else self._room[:0]
         if len(live) > len(self._room):
             room = np.zeros((2 * len(live), vectors.shape[1]), np.float32)
             if old:
@@ -153,15 +150,6 @@ class Vectors:
         self._room[new] = 0
         self._room[fresh] = vectors
         self._alive = live.copy()
-        if self._hashed:
-            self._count(new, live, texts)
-
-    def _count(self, new: np.ndarray, live: np.ndarray, texts: Sequence[str]) -> None:
-        left = iter(texts)
-        for row in new.tolist():
-            found = features(next(left))[0] if live[row] else np.zeros(0, np.int64)
-            self._features.append(found.astype(np.uint16))
-            self._counts[found] += 1
 
     def _forget(self, live: np.ndarray) -> None:
         """Rows that are not live count no more."""
@@ -169,16 +157,39 @@ class Vectors:
         self._alive[gone] = False
         if self._hashed:
             for row in gone.tolist():
-                self._counts[self._features[row]] -= 1
+                self._counts[self._features.pop(row)] -= 1
 
-    def _vectors(self, texts: list[str]) -> np.ndarray:
-        made = np.asarray(self._embed(texts))
-        if made.ndim != 2 or len(made) != len(texts) or not np.isfinite(made).all():
-            raise ValueError(
-                f"an embedding of {len(texts)} texts must be finite floats "
-                f"[{len(texts)}, d]; {self._embed} returned {made.shape}"
-            )
-        return _unit(made)
+    def _vectors(self, texts: list[str], rows: np.ndarray) -> np.ndarray:
+        """Unit vectors; of the hashed embedding the features are counted as well."""
+        if not self._hashed:
+            return _unit(_checked(self._embed(texts), len(texts)))
+        found = [features(text) for text in texts]
+        for row, (buckets, _) in zip(rows.tolist(), found):
+            self._features[row] = buckets.astype(np.uint16)
+            self._counts[buckets] += 1
+        return _unit(_sums(found))
+
+
+def _sums(
+    found: Sequence[tuple[np.ndarray, np.ndarray]], weights: np.ndarray | None = None
+) -> np.ndarray:
+    out = np.zeros((len(found), SIZE))
+    for vector, (buckets, counts) in zip(out, found):
+        if weights is not None:
+            counts = counts * weights[buckets]
+        signs = 1.0 - 2.0 * (buckets // SIZE % 2)
+        vector += np.bincount(buckets % SIZE, signs * counts, minlength=SIZE)
+    return out
+
+
+def _checked(vectors, count: int) -> np.ndarray:
+    made = np.asarray(vectors, np.float64)
+    if made.ndim != 2 or len(made) != count or not np.isfinite(made).all():
+        raise ValueError(
+            f"an embedding of {count} texts must be finite floats [{count}, d], not "
+            f"{made.shape}"
+        )
+    return made
 
 
 @functools.lru_cache(1 << 16)

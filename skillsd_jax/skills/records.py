@@ -46,23 +46,28 @@ def line(record: Record) -> str:
     return _ENCODE(values) + "\n"
 
 
-def read(path: Path | str) -> Iterator[tuple[str, Record]]:
+def read(path: Path | str) -> str:
+    """The text of a file; raises ValueError if there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ValueError(f"no skills can be read from {path}: {fault}") from fault
+
+
+def parse(path: Path | str) -> Iterator[tuple[str, Record]]:
     """The records of a file, each with where it stands.
 
     Raises:
       ValueError: there is no such file, or a line is no record; it names the line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise ValueError(f"no skills can be read from {path}: {fault}") from fault
+    text = read(path)
     # Not splitlines: a text may hold other line ends than that of a file.
     for number, words in enumerate(text.split("\n"), 1):
         if words.strip():
             where = f"{path}, line {number}"
             try:
                 values = json.loads(words)
-            except ValueError as fault:
+            except (ValueError, RecursionError) as fault:
                 raise ValueError(f"{where} is no JSON: {fault}") from fault
             yield where, _record(values, where)
 
@@ -74,9 +79,11 @@ def _record(values, where: str) -> Record:
             raise ValueError(f"{where} has no {name}; a skill has {', '.join(FIELDS)}")
     told = {name: _typed(values, name, where) for name in FIELDS if name in values}
     skill = Skill(**told | {"golden_workflow": tuple(told["golden_workflow"])})
+    if not 0 <= skill.reward <= 1:
+        raise ValueError(f"{where}: reward={skill.reward} must be between 0 and 1")
     sources = values.get("sources", [skill.source])
     if not isinstance(sources, list) or not all(isinstance(s, str) for s in sources):
-        raise ValueError(f"{where}: sources={sources!r} must be a list of texts")
+        raise ValueError(f"{where}: sources={sources!r:.60} must be a list of texts")
     uses = _number(values, "uses", 0, int, where)
     mean = _number(values, "mean_reward", 0.0, float, where)
     total = _number(values, "total_reward", uses * mean, float, where)
@@ -94,7 +101,7 @@ def _typed(values: dict, name: str, where: str):
     texts = value if kind is list else [value]
     if not isinstance(value, kind) or not all(isinstance(t, str) for t in texts):
         wanted = "a list of texts" if kind is list else "a text"
-        raise ValueError(f"{where}: {name}={value!r} must be {wanted}")
+        raise ValueError(f"{where}: {name}={value!r:.60} must be {wanted}")
     return value
 
 
@@ -104,7 +111,7 @@ def _number(values: dict, name: str, default, kind: type, where: str):
     right = isinstance(value, known) and not isinstance(value, bool)
     if not right:
         wanted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{where}: {name}={value!r} must be {wanted}")
+        raise ValueError(f"{where}: {name}={value!r:.60} must be {wanted}")
     if kind is float and not abs(value) < float("inf"):
-        raise ValueError(f"{where}: {name}={value!r} must be finite")
+        raise ValueError(f"{where}: {name}={value!r:.60} must be finite")
     return kind(value)

@@ -283,11 +283,6 @@ def test_keyword_shows_what_shares_most_words_and_rare_ones_weigh_more():
     assert shown(bank, "keyword", asks("put the mug into it")) == [
         "put the mug in the sink"
     ]
-    # ln(1 + 4/3) + ln(1 + 4/3) = 1.69 of two common words; ln(1 + 4) = 1.61 of one rare
-    # and a third common word make the rare win: 2.46 against 1.69.
-    bank.absorb([skill("apple the")])
-    found = shown(bank, "keyword", asks("fridge"))
-    assert found == ["put the apple in the fridge"]
 
 
 def test_keyword_weighs_words_by_the_pool():
@@ -435,38 +430,43 @@ def test_a_rule_of_ones_own_is_an_entry(monkeypatch):
 ARMS = np.linspace(0.05, 0.95, 20)
 
 
-@pytest.mark.parametrize("exploration, pulls", [(0.3, slice(0, 500)), (1.0, None)])
-def test_ucb_finds_the_best_of_twenty_skills(exploration, pulls):
-    """Mean over 40 banks of 500 pulls each, true values of what was shown.
+def pulled(exploration, seed):
+    """500 pulls: mean true value of what was shown, and that of the best mean."""
+    rng = np.random.default_rng(seed)
+    bank = Bank(20)
+    bank.absorb([skill(str(arm), reward=1.0) for arm in rng.permutation(20)])
+    config = settings.Skills(exploration=exploration)
+    values = []
+    for _ in range(500):
+        (found,) = retrieve(bank, TASK, "", rng, config)
+        values.append(ARMS[int(found.success_analysis)])
+        bank.credit([(found.id, float(rng.random() < values[-1]))])
+    means = {s: bank.stats(s.id).mean_reward for s in bank.for_task(TASK.key)}
+    best = max(means, key=means.get)
+    return np.mean(values), ARMS[int(best.success_analysis)]
 
-    With c = 0.3 the average over all pulls is at least 90 % of the best arm's 0.95.
-    With c = 1, the default, UCB still explores after 500 pulls of so many arms: what it
-    has learned is then the arm of the greatest mean.
+
+def test_ucb_earns_nine_tenths_of_the_best_of_twenty_in_500_pulls():
+    """The mean over all 500 pulls, exploration included, of 10 banks, with c = 0.3.
+
+    Of 40 banks: 93.5 % of 0.95 with a deviation of 1.8 points, so that ten lie 6
+    standard errors above 90 %: odds of a false alarm 1e-9.
     """
-    reached, learned = [], []
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        bank = Bank(20)
-        order = rng.permutation(20)
-        bank.absorb([skill(str(arm), reward=1.0) for arm in order])
-        config = settings.Skills(exploration=exploration)
-        values = []
-        for _ in range(500):
-            (found,) = retrieve(bank, TASK, "", rng, config)
-            value = ARMS[int(found.success_analysis)]
-            values.append(value)
-            bank.credit([(found.id, float(rng.random() < value))])
-        reached.append(np.mean(values))
-        means = {s: bank.stats(s.id).mean_reward for s in bank.for_task(TASK.key)}
-        learned.append(ARMS[int(max(means, key=means.get).success_analysis)])
-    print(
-        exploration,
-        np.mean(reached) / 0.95,
-        np.std(reached) / 0.95,
-        np.min(reached) / 0.95,
-        np.mean(learned) / 0.95,
-        np.std(learned) / 0.95,
-    )
+    earned = [pulled(0.3, seed)[0] for seed in range(10)]
+    assert np.mean(earned) >= 0.9 * ARMS.max()
+
+
+def test_ucb_still_explores_after_500_pulls_with_the_default_constant():
+    """c = 1 earns less meanwhile and has learned which is best.
+
+    Of 40 banks: 77.4 % of 0.95 with a deviation of 1.3 points over all pulls, 99.8 %
+    with a deviation of 1.1 points in the skill of the best mean. Ten lie 20 standard
+    errors from both bounds of the first, 13 above that of the second.
+    """
+    found = [pulled(1.0, seed) for seed in range(10)]
+    earned, learned = np.mean(found, axis=0) / ARMS.max()
+    assert 0.68 < earned < 0.86
+    assert learned > 0.95
 
 
 def test_ten_thousand_skills_are_looked_through_by_every_rule():
