@@ -16,9 +16,9 @@ PACKAGE = ROOT / "skillsd_jax"
 # import each other; a folder may import itself.
 LINES = (
     ("main", "export", "inspect"),
-    ("train",),
+    ("inspection", "train"),
     ("preflight",),
-    ("agent", "inspection", "panels", "practice", "summaries"),
+    ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
     ("rollout", "learner", "checkpoint", "metrics", "timing"),
     ("episode", "slots", "optimizers"),

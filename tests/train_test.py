@@ -400,5 +400,7 @@ def test_every_method_runs(finished, name):
     tmp, _ = finished
     train.run(toy(tmp, name=name), str(tmp / f"all-{name}"))
     rows = metrics.read(tmp / f"all-{name}" / "metrics.jsonl")
-    assert len(rows) == 4 and all(np.isfinite(row["loss"]) for row in rows)
+    assert len(rows) == 4
+    if OBJECTIVES[name].terms:
+        assert all(np.isfinite(row["loss"]) for row in rows)
     assert [row["compilations"] for row in rows[2:]] == [0, 0]
