@@ -47,11 +47,6 @@ class LearnerState:
         """The whole student: who plays."""
         return self.whole(self.params)
 
-    @property
-    def taught(self) -> Params:
-        """The teacher's weights, where it has the student's shape."""
-        return self.weights if self.teacher is None else self.whole(self.teacher)
-
     def whole(self, params: Params) -> Params:
         """`params` on the base, if they are adapters."""
         return params if self.frozen is None else lora.join(params, self.frozen)

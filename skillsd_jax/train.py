@@ -119,10 +119,7 @@ class Run:
             functools.partial(key_for, config.seed, "rollout"),
             self.expert,
         )
-        self.bank = summaries.open_bank(config.skills)
-        writes = functools.partial(key_for, config.seed, "summary")
-        self.summaries = summaries.Summaries(config, self.player, writes)
-        stack.callback(self.summaries.close)
+        self._make_skills(stack)
         self.environment_steps = 0
         with self.clock("panels"):
             self.panels = panels.Panels(
@@ -149,6 +146,12 @@ class Run:
         self.origin = agent.origin_of(
             self.player.encoder, self.state.frozen, self._fixed().get("teacher")
         )
+
+    def _make_skills(self, stack: contextlib.ExitStack) -> None:
+        keys = functools.partial(key_for, self.config.seed, "summary")
+        self.bank = summaries.open_bank(self.config.skills)
+        self.summaries = summaries.Summaries(self.config, self.player, keys)
+        stack.callback(self.summaries.close)
 
     def _updates(self) -> int:
         """Optimiser steps per iteration, at most."""
@@ -306,10 +309,11 @@ class Run:
 
     def _teacher(self, when: str) -> dict[str, Any]:
         """Figures of the teacher's panel; another model's weights are not played with."""
-        student = self.state.weights
+        student, teacher = self.state.weights, self.state.teacher
         external = self.teacher_record["kind"] == "external"
-        teacher = student if external else self.state.taught
-        return self.panels.teacher(student, teacher, when)
+        shared = teacher is None or external
+        weights = student if shared else self.state.whole(teacher)
+        return self.panels.teacher(student, weights, when)
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
