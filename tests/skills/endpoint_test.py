@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -149,6 +151,40 @@ def test_a_handshake_that_never_ends_has_the_deadline_too():
         answers, counts = ask(url, timeout_s=0.2)
     assert (answers, counts) == ([None], {"asked": 1, "timeout": 1})
     assert time.monotonic() - begun < 1.5
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate")
+def test_https_asks_whom_it_trusts_and_has_the_deadline_too(tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    trusting = ssl.create_default_context(cafile=str(certificate))
+
+    def asked(behaviour, host, context):
+        monkeypatch.setattr(exchange, "_context", lambda: context)
+        served = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        served.load_cert_chain(certificate, key)
+        with serving(behaviour) as server:
+            server.socket = served.wrap_socket(server.socket, server_side=True)
+            answers, counts = ask(
+                f"https://{host}:{server.server_port}/v1", timeout_s=0.5
+            )
+            return answers, counts, len(server.asked)
+
+    good = ([skill()], {"asked": 1, "answered": 1}, 1)
+    refused = ([None], {"asked": 1, "network": 1}, 0)
+    assert asked("good", "localhost", trusting) == good
+    assert asked("good", "127.0.0.1", trusting) == refused  # another name
+    assert asked("good", "localhost", ssl.create_default_context()) == refused
+    begun = time.monotonic()
+    dripped = ([None], {"asked": 1, "timeout": 1}, 1)
+    assert asked("drips", "localhost", trusting) == dripped
+    assert time.monotonic() - begun < 2.0
 
 
 @pytest.mark.parametrize("behaviour", ["fails_then_works", "limits_then_works"])
