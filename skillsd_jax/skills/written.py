@@ -224,13 +224,13 @@ def parse(text: str, room: Room) -> Fields:
 
 def _skill(group: Group | None, fields: Fields, maker: str) -> Skill:
     """The skill of a group; without one, the text alone."""
-    words = dataclasses.astuple(fields)
+    words = {f.name: getattr(fields, f.name) for f in dataclasses.fields(fields)}
     if group is None:
-        return Skill("", *words, "", "", "", 0, 0.0)
+        return Skill(id="", **words, task="", family="", source="", born=0, reward=0.0)
     task = group.trajectories[0].task
     return Skill(
-        skill_id(task.key, *words),
-        *words,
+        id=skill_id(task.key, *words.values()),
+        **words,
         task=task.key,
         family=task.family,
         source="+".join(group.sources),
