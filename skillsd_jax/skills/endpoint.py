@@ -237,8 +237,9 @@ class Writer:
             self._counts["asked"] += len(jobs)
             for job in jobs if self._replay is None else ():
                 self._jobs.put(job)
-        for job in jobs if self._replay is not None else ():
-            self._finish(job, self._replayed(self._replay, job.request))
+        if self._replay is not None:
+            for job in jobs:
+                self._finish(job, self._replayed(self._replay, job.request))
         return handle
 
     def close(self) -> None:
@@ -379,14 +380,13 @@ def _content(reply: exchange.Reply) -> str:
         found = untrusted.loads(reply.body.decode())
     except ValueError:
         raise exchange.Failed("not_json") from None
-    for step in ("choices", 0, "message", "content"):
-        wanted = list if step == 0 else dict
-        if not isinstance(found, wanted) or not found:
-            raise exchange.Failed("no_choice")
-        found = found[0] if step == 0 else found.get(step)
-    if not isinstance(found, str):
+    choices = found.get("choices") if isinstance(found, dict) else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    message = first.get("message") if isinstance(first, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, str):
         raise exchange.Failed("no_choice")
-    return found
+    return content
 
 
 def _pause_s(endpoint: Endpoint, hash: str, attempt: int, again: _Again) -> float:

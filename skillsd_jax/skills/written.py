@@ -219,10 +219,10 @@ def parse(text: str, room: Room) -> Fields:
 
 
 def _skill(asked: Request, fields: Fields, maker: str, born: int) -> Skill:
-    words = dataclasses.astuple(fields)
+    words = {f.name: getattr(fields, f.name) for f in dataclasses.fields(fields)}
     return Skill(
-        skill_id(asked.task, *words),
-        *words,
+        id=skill_id(asked.task, *words.values()),
+        **words,
         task=asked.task,
         family=asked.family,
         source=asked.source,

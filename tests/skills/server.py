@@ -41,6 +41,7 @@ class Server(ThreadingHTTPServer):
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self.over = threading.Event()
+        self.gate = threading.Event()
 
     @property
     def url(self) -> str:
@@ -56,6 +57,7 @@ def serving(behaviour: str, times: int = 0):
         yield server
     finally:
         server.over.set()
+        server.gate.set()
         server.shutdown()
         server.server_close()
 
@@ -114,7 +116,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self.good()
 
     def slow(self):
-        self.server.over.wait(5)
+        self.server.over.wait(60)
+
+    def gated(self):
+        """Works once the gate is open."""
+        self.server.gate.wait(60)
+        self.echoes()
 
     def drips(self):
         """A byte of the body at a time, for ever."""
