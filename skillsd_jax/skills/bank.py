@@ -315,18 +315,23 @@ class Bank:
         self._own(row)
 
     def _own(self, row: int) -> None:
-        """Files the skill under its source while that is the only one."""
+        """Files the skill under its source, while that is the only one.
+
+        A comparison's source is several episodes, joined by '+': it is the own of each.
+        """
         id, sources = self._skills[row].id, self._sources[row]
         if len(set(sources)) == 1:
-            self._only.setdefault(sources[0], set()).add(id)
-        elif sources and id in self._only.get(sources[0], ()):
+            for episode in sources[0].split("+"):
+                self._only.setdefault(episode, set()).add(id)
+        elif sources:
             self._disown(sources[0], id)
 
     def _disown(self, source: str, id: str) -> None:
-        ids = self._only.get(source, set())
-        ids.discard(id)
-        if not ids:
-            self._only.pop(source, None)
+        for episode in source.split("+"):
+            ids = self._only.get(episode, set())
+            ids.discard(id)
+            if not ids:
+                self._only.pop(episode, None)
 
     def _merge(self, row: int, skill: Skill) -> None:
         if skill.source not in self._sources[row]:

@@ -569,3 +569,12 @@ def test_a_kill_during_save_never_leaves_a_damaged_file(tmp_path):
         saving.stdout.close()
         again = Bank.load(path, 8, global_capacity=10_000)
         assert len(again) in (2000, 5000)
+
+
+def test_a_comparison_is_the_own_skill_of_each_of_its_episodes():
+    bank = Bank(4)
+    bank.absorb([skill("a", source="1/0+1/3")])
+    for source, count in (("1/0", 1), ("1/3", 1), ("1/1", 0)):
+        assert len(bank.only_rows(source)) == count
+    bank.absorb([skill("a", source="1/1")])
+    assert not any(len(bank.only_rows(f"1/{n}")) for n in range(4))
