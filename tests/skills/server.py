@@ -77,12 +77,19 @@ class _Handler(BaseHTTPRequestHandler):
             most = max(self.server.most_at_once, self.server.at_once)
             self.server.most_at_once = most
             self.number = len(self.server.asked)
+        self.inside = True
         with contextlib.suppress(OSError):
             getattr(self, self.server.behaviour)()
+        self.leave()
+
+    def leave(self):
+        """No longer under way: whoever asked may ask again as soon as it is answered."""
         with self.server.lock:
-            self.server.at_once -= 1
+            self.server.at_once -= self.inside
+        self.inside = False
 
     def say(self, body: bytes, status=200, kind="application/json", **headers):
+        self.leave()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         for name, value in headers.items():
