@@ -160,13 +160,12 @@ SHOWN = {
 
 
 def fitting(skills: Sequence[Skill], prompter: prompts.Prompter) -> tuple[Skill, ...]:
-    """The first of the skills, as many as can be shown whole together."""
-    count = 0
-    while count < len(skills):
-        if not prompter.fits(summarizer.render(*skills[: count + 1])):
-            break
-        count += 1
-    return tuple(skills[:count])
+    """Those that can be shown whole together: each in turn, if there is room for it."""
+    chosen: list[Skill] = []
+    for skill in skills:
+        if prompter.fits(summarizer.render(*chosen, skill)):
+            chosen.append(skill)
+    return tuple(chosen)
 
 
 class Hints:

@@ -17,7 +17,7 @@ from skillsd_jax import config as settings
 from skillsd_jax.models import qwen, scoring
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills.skill import Skill
-from skillsd_jax.trajectory import Segment, Trajectory
+from skillsd_jax.trajectory import Role, Segment, Trajectory
 
 Skills = Sequence[Skill]
 
@@ -150,13 +150,16 @@ def _views(seen: Inspected, number: int, row: tokens.Row) -> Table:
 
 
 def _aligned(student: Sequence[Segment], teacher: Sequence[Segment]):
-    """Pairs of segments; None where a view does not have it."""
-    pairs, rest = [], list(teacher)
-    for segment in student:
-        while rest and rest[0].role != segment.role:
-            pairs.append((None, rest.pop(0)))
-        pairs.append((segment, rest.pop(0) if rest else None))
-    return pairs + [(None, segment) for segment in rest]
+    """Pairs of segments, None where a view lacks it: cut history is at the beginning."""
+    pairs, left, right = [], list(student), list(teacher)
+    while left or right:
+        if left and right and left[-1].role == right[-1].role:
+            pairs.append((left.pop(), right.pop()))
+        elif right and (not left or right[-1].role == Role.SKILL):
+            pairs.append((None, right.pop()))
+        else:
+            pairs.append((left.pop(), None))
+    return pairs[::-1]
 
 
 def _cells(segment: Segment | None, encoder: prompts.Encoder) -> tuple[Text, Text]:

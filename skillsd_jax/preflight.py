@@ -50,6 +50,8 @@ def _check_method(config: settings.Config) -> None:
         wrong = "rollout.correction_cap: it has no policy gradient to correct"
     if config.rollout.old_logprobs == "recomputed" and method.data != "rollouts":
         wrong = "rollout.old_logprobs=recomputed: nobody sampled its episodes"
+    if config.rollout.hinted_groups and (method.hinted or method.data != "rollouts"):
+        wrong = "rollout.hinted_groups: it says itself who plays with a skill"
     if wrong:
         name = config.objective.name
         raise Refused(f"objective.name={name} does not take {wrong}")

@@ -113,7 +113,9 @@ class Summaries:
 
     def _template(self, groups: Sequence[summarizer.Group], iteration: int, params):
         made = [summarizer.compare(group, iteration) for group in groups]
-        return made, {"made": len(made)}
+        room = self.writing.room
+        fits = [s for s in made if room.measure(summarizer.render(s)) <= room.tokens]
+        return fits, {"made": len(fits), "too_long": len(made) - len(fits)}
 
     def _policy(self, groups: Sequence[summarizer.Group], iteration: int, params):
         requests = self._requests(groups)
@@ -164,8 +166,7 @@ def open_bank(config: settings.Skills) -> skill_bank.Bank:
         config.global_capacity,
         config.similarity,
     )
-    for path in filter(None, config.library.split(",")):
-        bank.absorb(library.load(path))
+    bank.absorb(library.load_all(config.library))
     return bank
 
 

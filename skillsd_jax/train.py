@@ -221,7 +221,7 @@ class Run:
             "rows": len(views.rows),
             "groups_dropped": practiced.dropped,
             "skills": {
-                "held": len(self.bank),
+                **self.bank.counts,
                 **made.counts,
                 "used": _mean(hinted if self.recipe.student_skill else taught),
                 "cut": views.cut,
@@ -280,11 +280,12 @@ class Run:
         """Books each episode's reward to the skill of the bank that was shown."""
         if self.recipe.shown != "skill" and not self.practice.hinted:
             return
-        self.bank.credit(
+        rewards = (
             (skill.id, summarizer.unit_reward(played.trajectories[i]))
             for i in played.usable
             for skill in shown[i]
         )
+        self.bank.credit(rewards, played.iteration)
 
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""

@@ -92,7 +92,9 @@ class Endpoint:
             self._check(name, getattr(self, name) <= DAY_S, f"at most {DAY_S}")
         self._check("temperature", math.isfinite(self.temperature), "finite")
         # Not repeated: it may be the key itself, put in the wrong place.
-        if self.key_variable and not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable):
+        if self.key_variable and not re.fullmatch(
+            r"[A-Z_][A-Z0-9_]*", self.key_variable
+        ):
             raise ValueError(
                 "key_variable is no name of an environment variable; put the key into "
                 "one, such as OPENAI_API_KEY, and give that name"
