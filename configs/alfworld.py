@@ -114,6 +114,11 @@ def _published() -> Config:
 
     config.teacher.kind = "live"  # published
 
+    skills = config.skills
+    skills.similarity = 0.8  # ours: retold in almost the same words is one skill
+    skills.author.max_request_length = 4096  # ours: an episode, its turns shortened
+    skills.author.max_answer_length = 1024  # ours: a skill and the JSON around it
+
     optimizer = config.optimizer
     optimizer.learning_rate = 1e-6  # published
     optimizer.schedule = "constant"  # published

@@ -101,7 +101,12 @@ def _published() -> Config:
     objective.invalid_action_penalty = 0.01  # SDAR: 0.1 of a reward of 10; ours is 1
 
     config.teacher.kind = "live"  # paper: re-synchronised; interval from SDAR
-    config.skills.exploration = 1.0  # ours: the paper does not give c
+
+    skills = config.skills
+    skills.exploration = 1.0  # ours: the paper does not give c
+    skills.similarity = 0.8  # ours: retold in almost the same words is one skill
+    skills.author.max_request_length = 4096  # ours: an episode, its turns shortened
+    skills.author.max_answer_length = 1024  # ours: a skill and the JSON around it
 
     optimizer = config.optimizer
     optimizer.learning_rate = 1e-6  # SDAR

@@ -18,6 +18,8 @@ from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import endpoint, library, summarizer, written
 from skillsd_jax.skills.skill import Skill
 
+# A writer is asked for half a word per token of a skill, and for this many at least.
+WORDS = 20
 # What becomes of what is asked; figures of every iteration.
 FIGURES = ("asked", *written.OUTCOMES, "late", "waiting")
 
@@ -59,7 +61,8 @@ class Summaries:
     ):
         self.config, self.keys = config.skills, keys
         room = written.Room(config.prompt.max_skill_length, player.prompter.size)
-        self.writing = written.Writing(self.config.maker, room)
+        limits = written.Limits(words=max(WORDS, room.tokens // 2))
+        self.writing = written.Writing(self.config.maker, room, limits)
         self.make = {
             "template": self._template,
             "policy": self._policy,

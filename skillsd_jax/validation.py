@@ -124,6 +124,7 @@ SIZES = (
     "tie_embeddings",
 )
 WRITERS = ("tensorboard", "wandb")
+REQUEST = 256  # tokens of the shortest request for a skill that says what is wanted
 
 
 def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> None:
@@ -260,6 +261,17 @@ def _check_lengths(config: Config) -> None:
             f"rollout.group_size={rollout.group_size} must divide "
             f"rollout.rows={rollout.rows}; set group_size to "
             + " or ".join(map(str, below + above))
+        )
+    if rollout.hinted_groups > rollout.prompts:
+        raise Refused(
+            f"rollout.hinted_groups={rollout.hinted_groups} are more groups than an "
+            f"iteration has: rollout.prompts={rollout.prompts}"
+        )
+    asked = config.skills.author.max_request_length
+    if asked < REQUEST:
+        raise Refused(
+            f"skills.author.max_request_length={asked} must be at least {REQUEST}: the "
+            "order to answer alone is about as long"
         )
     window = prompt.max_prompt_length + prompt.max_response_length
     if prompt.context == "whole" and prompt.max_length < window:

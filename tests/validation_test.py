@@ -53,6 +53,8 @@ def test_every_listed_name_is_a_setting():
         ("model.required", True, r"--config.model.path=FOLDER"),
         ("writers", "tensorboard,clu", "'clu'; known: tensorboard, wandb"),
         ("environment.sokoban.boxes", 9, "no room for 9 boxes"),
+        ("rollout.hinted_groups", 17, "17 are more groups .* rollout.prompts=16"),
+        ("skills.author.max_request_length", 64, "64 must be at least 256"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_to_do(name, value, message):
