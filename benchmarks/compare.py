@@ -2,10 +2,13 @@
 
   python benchmarks/compare.py runs/household-*
   python benchmarks/compare.py runs/alfworld-* --plot=curves.png
+  python benchmarks/compare.py runs/retrieval-* --by=skills.retrieval --baseline=none
 
-Every folder must hold summary.json; the curves are of its metrics.jsonl. Runs are paired by seed: the warm start, the
-panel and the environment steps are the same, so the difference between objectives is
-taken seed by seed. The interval is Student's t over the differences, 95 %.
+Every folder must hold summary.json; the curves are of its metrics.jsonl. Runs that
+differ in another setting than the objective are told apart by `--by`. They are paired by
+seed: the warm start, the panel and the number of episodes are the same, so the difference
+between objectives is taken seed by seed. The interval is Student's t over the
+differences, 95 %.
 """
 
 import argparse
@@ -19,12 +22,29 @@ COLOURS = {"grpo": "#999999", "skill_sd": "#228833", "sdar": "#aa3377"}
 T_95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def load(folders: list[str]) -> dict[str, dict[int, dict]]:
-    """objective → seed → summary, of runs that have ended."""
+def label(config: dict, by: list[str]) -> str:
+    """What a run is called: its values of the settings named by `by`."""
+    values = []
+    for setting in by:
+        value = config
+        for part in setting.split("."):
+            value = value[part]
+        values.append(str(value) or "default")
+    return " ".join(values)
+
+
+def load(folders: list[str], by: list[str]) -> dict[str, dict[int, dict]]:
+    """label → seed → summary, of runs that have ended."""
     runs: dict[str, dict[int, dict]] = collections.defaultdict(dict)
     for folder in folders:
         summary = json.loads((Path(folder) / "summary.json").read_text())
-        runs[summary["config"]["objective"]["name"]][summary["seed"]] = summary
+        seeds = runs[label(summary["config"], by)]
+        if summary["seed"] in seeds:
+            raise SystemExit(
+                f"{folder}: a second run of {label(summary['config'], by)} "
+                f"with seed {summary['seed']}; tell them apart with --by"
+            )
+        seeds[summary["seed"]] = summary
     return runs
 
 
@@ -50,7 +70,7 @@ def curve(folder: Path, summary: dict) -> tuple[list[int], list[float]]:
     return [0, *steps, summary["environment_steps"]], [before, *success, after]
 
 
-def plot(folders: list[str], path: str) -> None:
+def plot(folders: list[str], by: list[str], path: str) -> None:
     """A thin line a run, a thick one for the mean of an objective."""
     import matplotlib
 
@@ -60,7 +80,7 @@ def plot(folders: list[str], path: str) -> None:
     curves = collections.defaultdict(list)
     for folder in map(Path, folders):
         summary = json.loads((folder / "summary.json").read_text())
-        curves[summary["config"]["objective"]["name"]].append(curve(folder, summary))
+        curves[label(summary["config"], by)].append(curve(folder, summary))
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for name, runs in sorted(curves.items()):
         for steps, success in runs:
@@ -92,35 +112,43 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def points(values: list[float]) -> str:
+    if not values:
+        return "–"
     mean, half = interval([100 * v for v in values])
     return f"{mean:.1f} ± {half:.1f}"
+
+
+def cells(seeds: dict[int, dict], baseline: dict[int, dict]) -> list[str]:
+    """A row of the table but for its name: count, figures, paired difference."""
+    figures = [
+        points([s[key]["success"] for s in seeds.values() if key in s])
+        for key in ("before", "after", "after_greedy", "teacher_after")
+    ]
+    gain = [
+        seeds[s]["after"]["success"] - baseline[s]["after"]["success"]
+        for s in sorted(set(seeds) & set(baseline))
+    ]
+    return [str(len(seeds)), *figures, points(gain) if seeds is not baseline else "–"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+")
-    parser.add_argument("--baseline", default="grpo")
+    parser.add_argument("--baseline", default="grpo", help="its label")
+    parser.add_argument("--by", default="objective.name", help="settings, by commas")
     parser.add_argument("--plot", help="PNG of the curves; needs matplotlib")
     arguments = parser.parse_args()
-    if arguments.plot:
-        plot(arguments.folders, arguments.plot)
-    runs = load(arguments.folders)
+    by = arguments.by.split(",")
+    runs = load(arguments.folders, by)
     check_same(runs)
-    print("| objective | seeds | before | after | greedy | minus baseline |")
-    print("|---|---|---|---|---|---|")
+    if arguments.plot:
+        plot(arguments.folders, by, arguments.plot)
+    heads = (arguments.by, "seeds", "before", "after", "greedy", "teacher after")
+    print(f"| {' | '.join(heads)} | minus {arguments.baseline} |")
+    print("|---" * (len(heads) + 1) + "|")
     for name, seeds in sorted(runs.items()):
-        shared = sorted(set(seeds) & set(runs.get(arguments.baseline, {})))
-        gain = [
-            seeds[s]["after"]["success"]
-            - runs[arguments.baseline][s]["after"]["success"]
-            for s in shared
-        ]
-        cells = [
-            points([s[key]["success"] for s in seeds.values() if key in s])
-            for key in ("before", "after", "after_greedy")
-        ]
-        paired = points(gain) if gain and name != arguments.baseline else "–"
-        print(f"| {name} | {len(seeds)} | {' | '.join(cells)} | {paired} |")
+        row = [name, *cells(seeds, runs.get(arguments.baseline, {}))]
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":
