@@ -6,7 +6,7 @@
   … --config=FILE.py --config.objective.name=help                the methods
 
 Every setting of skillsd_jax/config.py is a flag: --config.SECTION.KEY=VALUE. The same
-command on the same workdir resumes.
+command on the same workdir resumes. launch/ starts it in many processes.
 """
 
 import sys
@@ -18,8 +18,9 @@ from skillsd_jax import presets
 from skillsd_jax.validation import Refused, validate
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py[:PRESET]")
-WORKDIR = flags.DEFINE_string(
-    "workdir", "", "where the run lies; default runs/CONFIG-PRESET-OBJECTIVE-seedN"
+WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run; default: by its name")
+JOB = flags.DEFINE_string(
+    "job", "", "HOST:PORT,PROCESSES,INDEX of one of many, or auto"
 )
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         validate(CONFIG.value)
         from skillsd_jax import train  # jax takes seconds: only now
 
-        train.run(CONFIG.value, workdir)
+        train.run(CONFIG.value, workdir, JOB.value)
     except Refused as refusal:
         sys.exit(f"refused: {refusal}")
 
@@ -47,8 +48,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
     """Parses the flags; what is wrong ends the program with one message."""
     if {"--help", "-h", "-help"} & set(argv):
-        print(f"{__doc__}\n{presets.listing()}")
-        sys.exit(0)
+        sys.exit(print(f"{__doc__}\n{presets.listing()}"))
     try:
         presets.check(argv[1:])
         return flags.FLAGS(argv)

@@ -143,6 +143,7 @@ class Practice:
             return self._recorded(seeds, draw), [()] * len(seeds)
         seed = [config.seed, draw, 3]
         hints = experience.Hints(bank, config.skills, seed, self.player.prompter)
+        hint = self._hint(hints, drawn)
         episodes = rollout.collect(
             self.player,
             params,
@@ -150,8 +151,10 @@ class Practice:
             seeds,
             self.keys(draw),
             config.rollout.temperature,
-            self._hint(hints, drawn),
+            hint,
         )
+        for episode in episodes if hint else ():
+            hint(episode.task)  # also of those that another process has played
         return episodes, [hints.shown.get(e.task.key, ()) for e in episodes]
 
     def _hint(self, hints: experience.Hints, drawn: Sequence[int]):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from skillsd_jax import cluster, prompts, slots
 from skillsd_jax import config as settings
-from skillsd_jax import prompts, slots
 from skillsd_jax.environments import base, pool
 from skillsd_jax.environments.stage import Maker, Pending, Stage
 from skillsd_jax.episode import Episode, begin
@@ -155,11 +155,12 @@ def collect(
     """Plays one episode per seed and returns the trajectories in that order.
 
     A finished episode's place goes to the next seed of its cohort. What is played, and
-    in which place, does not depend on how long anything takes.
+    in which place, does not depend on how long anything takes. The processes of a job
+    play a part each, and each returns all of them.
 
     Args:
       player: static settings.
-      params: weights of the acting policy.
+      params: weights of the acting policy, on devices of this process.
       places: a stage with a place for each episode at once, or a list of environments
         in this process.
       seeds: indices into the environments' split; a group repeats its seed.
@@ -169,7 +170,8 @@ def collect(
       hint: skill text shown to the acting policy itself. None: plain prompts.
     """
     world = places if isinstance(places, Stage) else pool.stage_of(places)
-    wanted = min(player.rows, len(seeds))
+    waiting = cluster.share(list(enumerate(map(int, seeds))))
+    wanted = min(player.rows, len(waiting))
     if world.count < wanted:
         raise ValueError(
             f"{world.count} environments for {wanted} episodes at once; "
@@ -178,7 +180,7 @@ def collect(
     params = apart(player.model, params)
     if hint is not None:
         hint = _that_fits(player, hint)
-    waiting, finished = list(enumerate(map(int, seeds))), {}
+    finished: dict[int, Trajectory] = {}
     cohorts, parts = [], min(player.cohorts, wanted)
     for number in range(parts):
         owned = range(wanted)[_share(wanted, parts, number)]
@@ -187,7 +189,7 @@ def collect(
         cohort = Cohort(player, voice, world, owned, queue, finished)
         cohorts.append(cohort.play(hint))
     _alternate(cohorts)
-    return [finished[index] for index in range(len(seeds))]
+    return list(cluster.merge(finished).values())
 
 
 def _share(count: int, parts: int, number: int) -> slice:

@@ -26,7 +26,8 @@ LINES = (
     ("prompts",),
     ("models",),
     ("presets",),
-    ("validation", "tokens", "sharding"),
+    ("cluster", "tokens", "sharding"),
+    ("validation",),
     ("trajectory", "config", "artifacts"),
 )
 ENTRY_POINTS = LINES[0]

@@ -1,0 +1,151 @@
+"""The processes of one job: which this one is, and what they tell each other.
+
+Every process runs the same program on devices of its own (JAX's multi-controller
+runtime). Work that ends up on the host is shared out by `share` and put together again
+by `merge`; what may be decided once is decided by the first process and `told` to all.
+All of them call these functions in the same order. In a job of one process every
+function hands back what it is given.
+"""
+
+import contextlib
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from skillsd_jax.validation import Refused
+
+T = TypeVar("T")
+HEARTBEAT_S = 20  # after which a silent process counts as lost
+LOST = 75  # exit status: try again
+# How the runtime begins what it says of a lost connection.
+STATUS = re.compile(
+    "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED):"
+)
+
+
+@contextlib.contextmanager
+def job(text: str) -> Iterator[None]:
+    """Joins a job, before anything of JAX is used.
+
+    When another process is lost, this one says so and ends at once: JAX itself would
+    wait for the lost one first.
+
+    Args:
+      text: HOST:PORT,PROCESSES,INDEX, where HOST:PORT is the first process's, INDEX this
+        one's from 0; 'auto': as the cluster says (a TPU pod, Slurm, Kubernetes); "":
+        no job, one process.
+
+    Raises:
+      Refused: the text says nothing of the kind, or the job cannot be joined.
+    """
+    if text:
+        _initialize(*((None, None, None) if text == "auto" else _parsed(text)))
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as fault:
+        if count() == 1 or not STATUS.match(str(fault)):
+            raise
+        reason = str(fault).split("\n")[0]
+        print(
+            f"process {index()} of {count()} stops: {reason}\nIf another process was "
+            "lost, start the job again: it goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LOST)
+
+
+def _parsed(text: str) -> tuple[str, int, int]:
+    found = re.fullmatch(r"([^,\s]+:\d+),(\d+),(\d+)", text)
+    if found is None or int(found[3]) >= int(found[2]):
+        raise Refused(
+            f"job={text!r} must be HOST:PORT,PROCESSES,INDEX with INDEX < PROCESSES, such "
+            "as localhost:1234,2,0, or auto"
+        )
+    return found[1], int(found[2]), int(found[3])
+
+
+def _initialize(*who) -> None:
+    try:
+        jax.distributed.initialize(
+            *who,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=HEARTBEAT_S,
+        )
+    except (ValueError, RuntimeError) as fault:
+        raise Refused(
+            f"this process cannot join the job: {fault}; give every process "
+            "--job=HOST:PORT,PROCESSES,INDEX with an INDEX of its own"
+        ) from fault
+
+
+def index() -> int:
+    return jax.process_index()
+
+
+def count() -> int:
+    return jax.process_count()
+
+
+def first() -> bool:
+    """Whether this process is the one that tells and writes."""
+    return index() == 0
+
+
+def share(things: Sequence[T]) -> Sequence[T]:
+    """This process's part: neighbours stay together, parts differ by one at most."""
+    size, parts, number = len(things), count(), index()
+    return things[size * number // parts : size * (number + 1) // parts]
+
+
+def gather(value: T) -> list[T]:
+    """Every process's value, in the order of the processes."""
+    if count() == 1:
+        return [value]
+    return [pickle.loads(each) for each in _exchanged(pickle.dumps(value))]
+
+
+def merge(found: Mapping[int, T]) -> dict[int, T]:
+    """What every process found, in the order of the keys."""
+    everything = {}
+    for part in gather(dict(found)):
+        everything |= part
+    return dict(sorted(everything.items()))
+
+
+def told(make: Callable[[], T]) -> T:
+    """What `make` gives in the first process; the others do not call it."""
+    if count() == 1:
+        return make()
+    return gather(make() if first() else None)[0]
+
+
+def check_same(what: str, value: str | int) -> None:
+    """Raises Refused unless all processes have the same value.
+
+    Args:
+      what: names it.
+      value: plain, and short enough to be printed.
+    """
+    values = gather(value)
+    if len(set(values)) > 1:
+        told = ", ".join(f"process {i}: {each!r}" for i, each in enumerate(values))
+        raise Refused(f"{what} differs between the processes of the job: {told}")
+
+
+def _exchanged(mine: bytes) -> list[bytes]:
+    """Every process's bytes. All send as many as the longest message has."""
+    sizes = multihost_utils.process_allgather(np.array([len(mine)], np.int32))
+    sizes = np.reshape(sizes, -1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+    everything = multihost_utils.process_allgather(padded)
+    rows = np.reshape(everything, (count(), -1))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes)]
