@@ -140,9 +140,9 @@ def _views(seen: Inspected, number: int, row: tokens.Row) -> Table:
         show_lines=False,
         expand=True,
     )
-    for name in ("by", "student", "by", "teacher"):
-        ratio = 1 if name == "by" else 8
-        table.add_column(name, ratio=ratio, overflow="fold", no_wrap=False)
+    for name in ("student", "teacher"):
+        table.add_column("by", no_wrap=True)
+        table.add_column(name, ratio=1, overflow="fold")
     pairs = _aligned(row.student, row.teacher or ())
     for left, right in pairs:
         table.add_row(*_cells(left, seen.encoder), *_cells(right, seen.encoder))
