@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import skillsd_jax
-from skillsd_jax import artifacts, imitate, rollout
+from skillsd_jax import artifacts, cluster, imitate, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.models import huggingface, lora, qwen, shapes, tokenizer
@@ -70,7 +70,7 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
         model,
         words,
         config.prompt,
-        config.rollout.rows,
+        -(-config.rollout.rows // cluster.count()),
         config.rollout.cohorts,
         config.rollout.reuse_prefix,
     )

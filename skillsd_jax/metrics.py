@@ -104,11 +104,11 @@ class Several:
             writer.close()
 
 
-def open_writer(extra: str, workdir: Path | str, start: int) -> Several:
+def open_writer(extra: str | None, workdir: Path | str, start: int) -> Several:
     """The writer of a run: metrics.jsonl always, then the sinks named in `extra`.
 
     Args:
-      extra: comma-separated: tensorboard, wandb.
+      extra: comma-separated: tensorboard, wandb. None: nothing is written at all.
       workdir: where they write.
       start: the first iteration that will be written; what an earlier run wrote of it
         and of later ones goes.
@@ -116,6 +116,8 @@ def open_writer(extra: str, workdir: Path | str, start: int) -> Several:
     Raises:
       Refused: a sink is unknown or not installed.
     """
+    if extra is None:
+        return Several([])
     workdir = Path(workdir)
     sinks: dict[str, Callable[[], Writer]] = {
         "tensorboard": lambda: TensorBoard(workdir / "tensorboard", start),

@@ -39,7 +39,7 @@ class Panels:
             player, top_k=setting.top_k, top_p=setting.top_p
         )
         self._open = functools.partial(
-            rollout.open_stage, config.environment, count=config.rollout.rows
+            rollout.open_stage, config.environment, count=player.rows
         )
         self._teacher = rollout.environment(config.environment, "teacher")
         self.taught = evaluate.make_panel(

@@ -19,6 +19,7 @@ from skillsd_jax import (
     agent,
     artifacts,
     checkpoint,
+    cluster,
     experience,
     imitate,
     learner,
@@ -40,12 +41,13 @@ from skillsd_jax.skills import summarizer
 PURPOSES = ("rollout", "evaluate", "teacher", "summary")
 
 
-def run(config: settings.Config, workdir: str) -> dict[str, Any]:
+def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
     """Trains one agent from start, or from the last checkpoint, to finish.
 
     Args:
       config: every setting.
       workdir: folder the run leaves its files in; the same config on it resumes.
+      job: which of many processes this is, see cluster.job; "": the only one.
 
     Returns:
       What summary.json holds.
@@ -53,13 +55,32 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     Raises:
       validation.Refused: the run cannot work; nothing has been changed.
     """
-    preflight.check(config)
-    validation.claim_workdir(workdir, config)
-    compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
-    jax.config.update("jax_compilation_cache_dir", str(compiled))
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(metrics.Progress(config.iterations))
+        stack.enter_context(cluster.job(job))
+        preflight.check(config)
+        _claim(workdir, config)
+        compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
+        shown = metrics.Progress(config.iterations, enabled=cluster.first())
+        progress = stack.enter_context(shown)
         return Run(config, Path(workdir), progress, stack).finish()
+
+
+def _claim(workdir: str, config: settings.Config) -> None:
+    """One process claims the folder; all of them go on, or none."""
+    cluster.check_same("the workdir", workdir)
+    cluster.check_same("the commit", metrics.commit() or "")
+    cluster.check_same("a setting", artifacts.content_hash(settings.to_dict(config)))
+
+    def claimed() -> str:
+        try:
+            validation.claim_workdir(workdir, config)
+        except validation.Refused as refusal:
+            return str(refusal)
+        return ""
+
+    if fault := cluster.told(claimed):
+        raise validation.Refused(fault)
 
 
 def _machine() -> str:
@@ -100,7 +121,7 @@ class Run:
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
         self.player = self.agent.player
-        stage = rollout.open_stage(config.environment, "train", config.rollout.rows)
+        stage = rollout.open_stage(config.environment, "train", self.player.rows)
         self.stage = stack.enter_context(stage)
         turns = self.stage.max_steps
         episodes = config.rollout.prompts * config.rollout.group_size
@@ -175,7 +196,8 @@ class Run:
             with self.clock("teacher"):
                 self.host |= self._teacher("before")
             self.clock.lap()
-        self.writer = metrics.open_writer(self.config.writers, self.workdir, start)
+        writers = self.config.writers if cluster.first() else None
+        self.writer = metrics.open_writer(writers, self.workdir, start)
         for iteration in range(start, self.config.iterations):
             record = self.iterate(iteration)
             self.writer.write(iteration, record)
@@ -193,9 +215,11 @@ class Run:
 
     def _faults(self) -> collections.Counter[str]:
         """What went wrong with environments so far."""
-        counts = collections.Counter(self.stage.counts())
-        counts.update(self.panels.faults())
-        return counts
+        total: collections.Counter[str] = collections.Counter()
+        for counts in cluster.gather((self.stage.counts(), self.panels.faults())):
+            for each in counts:
+                total.update(each)
+        return total
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration; returns its line of metrics.jsonl."""
@@ -205,7 +229,10 @@ class Run:
             practiced = self.practice.episodes(self.state.weights, iteration, self.bank)
             played = practiced.kept
         with clock("skills"):
-            made = self.summaries.take(played, self.bank, self.state.weights)
+            weights = self.state.weights
+            made = cluster.told(
+                lambda: self.summaries.take(played, self.bank, weights)
+            )
             self.bank.absorb(made.skills)
             views = self._views(played, iteration)
         figures = self._learn(views.rows, iteration)
@@ -318,6 +345,8 @@ class Run:
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
+        if not cluster.first():
+            return
         chosen = list(zip(played.trajectories, shown))
         chosen = chosen[: self.config.sample_trajectories]
         lines = [experience.line(episode, skills) for episode, skills in chosen]
@@ -335,7 +364,8 @@ class Run:
                 "origin": self.origin,
             }
             self.checkpoints.save(done, self._moving(), host)
-            self.bank.save(self.workdir / "skills.jsonl")
+            if cluster.first():
+                self.bank.save(self.workdir / "skills.jsonl")
 
     def _restore(self) -> int:
         """Takes up the last checkpoint; returns the iteration to go on with."""
