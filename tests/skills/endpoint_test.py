@@ -12,10 +12,11 @@ import time
 
 import pytest
 
-from skillsd_jax.skills import endpoint as module
-from skillsd_jax.skills import exchange, written
-from skillsd_jax.skills.endpoint import FAILURES, Endpoint, Writer
-from skillsd_jax.skills.recording import Exchange, Recording, Replay
+from skillsd_jax.skills import endpoint, exchange, recording, replies, written
+from skillsd_jax.skills.asking import Endpoint
+from skillsd_jax.skills.endpoint import Writer
+from skillsd_jax.skills.recording import Exchange, Recording
+from skillsd_jax.skills.replies import FAILURES
 from skillsd_jax.skills.summarizer import Group
 from skillsd_jax.skills.written import Room, Unreadable
 from skillsd_jax.trajectory import Task, Trajectory, Turn
@@ -226,16 +227,16 @@ def test_what_will_not_go_better_is_not_tried_again(behaviour, tries):
 )
 def test_which_statuses_are_tried_again(status, again):
     with pytest.raises(exchange.Failed) as caught:
-        module._content(exchange.Reply(status))
-    assert isinstance(caught.value, module._Again) == again
+        replies.content(exchange.Reply(status))
+    assert isinstance(caught.value, replies.Again) == again
 
 
 def test_pauses_double_are_bounded_and_the_same_in_every_run():
     patient = settings("http://h/v1", backoff_s=1.0, max_wait_s=20.0)
-    again = module._Again("status")
+    again = replies.Again("status")
 
     def pauses(hash):
-        return [module._pause_s(patient, hash, n, again) for n in (0, 1, 2, 3, 9, 5000)]
+        return [replies.pause_s(patient, hash, n, again) for n in (0, 1, 2, 3, 9, 5000)]
 
     for n, pause in enumerate(pauses("a")[:4]):
         assert 2**n / 2 <= pause <= 2**n
@@ -250,8 +251,8 @@ def test_pauses_double_are_bounded_and_the_same_in_every_run():
 )
 def test_a_server_may_ask_for_a_longer_pause(header, expected):
     patient = settings("http://h/v1", backoff_s=0.0, max_wait_s=20.0)
-    again = module._Again("status", exchange.seconds(header))
-    assert module._pause_s(patient, "a", 0, again) == expected
+    again = replies.Again("status", exchange.seconds(header))
+    assert replies.pause_s(patient, "a", 0, again) == expected
 
 
 def test_a_redirect_gets_nothing():
@@ -319,17 +320,22 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_repeated(value, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "ftp://h/v1"}, "url='ftp://h/v1' must be http://HOST"),
+        ({"url": "ftp://h/v1"}, "url must be http://HOST"),
         ({"url": "file:///etc/passwd"}, "must be http://HOST"),
         ({"url": "localhost:8000"}, "must be http://HOST"),
         ({"url": "http://"}, "must be http://HOST"),
         ({"url": ""}, "must be http://HOST"),
         ({"url": "http://h/a b"}, "must be http://HOST"),
-        ({"url": "http://h:port"}, "the url is no address"),
-        ({"url": "http://h:99999"}, "the url is no address"),
-        ({"url": f"http://{'h' * 70}"}, "the url is no address"),
-        ({"url": f"http://me:{KEY}@h/v1"}, "the url holds a user name"),
-        ({"url": f"http://h/v1?key={KEY}"}, "the url holds .* a query"),
+        ({"url": "http://h:port"}, "url is no address"),
+        ({"url": "http://h:99999"}, "url is no address"),
+        ({"url": f"http://{'h' * 70}"}, "url is no address"),
+        ({"url": f"http://me:{KEY}@h/v1"}, "url holds a user name"),
+        ({"url": f"me:{KEY}@h/v1"}, "url holds a user name"),
+        ({"url": f"http:/me:{KEY}@h/v1"}, "url holds a user name"),
+        ({"url": f"http://me:{KEY}%40h/v1"}, "url is no address"),
+        ({"url": f"http://h/v1?key={KEY}"}, "url holds .* a query"),
+        ({"url": f"h/v1?token={KEY}"}, "url holds .* a query"),
+        ({"url": KEY}, "url must be http://HOST"),
         ({"model": ""}, "model is not set"),
         ({"timeout_s": 0.0}, "timeout_s=0.0 must be more than 0"),
         ({"timeout_s": float("nan")}, "timeout_s=nan must be"),
@@ -512,7 +518,7 @@ def test_a_mistake_of_ours_ends_the_wait(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(module, "_content", broken)
+    monkeypatch.setattr(replies, "content", broken)
     with serving("good") as server, Writer(settings(server)) as writer:
         assert writer.submit(["a"] * 9).result(PATIENCE_S) == [None] * 9
         with pytest.raises(ValueError, match="the writer is closed"):
