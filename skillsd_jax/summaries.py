@@ -15,8 +15,8 @@ import jax
 
 from skillsd_jax import author, experience, rollout
 from skillsd_jax import config as settings
-from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import asking, endpoint, library, summarizer, written
+from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills.skill import Skill
 
 # What becomes of what is asked; figures of every iteration.
