@@ -323,7 +323,9 @@ def test_a_failure_quotes_nothing_of_the_exchange():
 )
 def test_the_key_does_not_come_back_however_json_spells_it(spelled):
     scrub = settings("http://h/v1").scrub
-    assert scrub(f"[{spelled}] and {spelled}.").replace('\\"', "") == "[(key)] and (key)."
+    assert (
+        scrub(f"[{spelled}] and {spelled}.").replace('\\"', "") == "[(key)] and (key)."
+    )
 
 
 def test_a_short_key_is_none_and_nothing_else_is_touched(monkeypatch):
