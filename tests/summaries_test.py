@@ -186,10 +186,10 @@ def test_what_was_under_way_is_asked_again_after_a_restart():
     ]
 
 
-def filled(server, record, **options):
+def filled(record):
     """A recording of what the requests of two iterations are answered."""
-    with serving(server) as asked:
-        made = asking(asked, record=str(record), lag=1, timeout_s=5.0, **options)
+    with serving("tells_apart") as asked:
+        made = asking(asked, record=str(record), lag=1, timeout_s=5.0, concurrency=1)
         made.take(played(0), Bank(8), None)
         made.take(played(1), Bank(8), None)
         made.take(played(2, tasks=0), Bank(8), None)
@@ -215,7 +215,7 @@ def replaying(record, interrupted, **options):
 
 
 def test_a_replayed_run_has_the_same_skills_wherever_it_is_interrupted(tmp_path):
-    filled("tells_apart", record := tmp_path / "recording.jsonl")
+    filled(record := tmp_path / "recording.jsonl")
     whole = replaying(record, ())
     assert len({skill.success_analysis for skill in whole}) == 2
     assert [skill.source for skill in whole[2:5]] == ["0/4", "1/0", "1/2"]
@@ -224,7 +224,7 @@ def test_a_replayed_run_has_the_same_skills_wherever_it_is_interrupted(tmp_path)
 
 
 def test_a_run_that_was_killed_has_the_recorded_answers_again(tmp_path):
-    filled("tells_apart", record := tmp_path / "recording.jsonl")
+    filled(record := tmp_path / "recording.jsonl")
     before, again = record.read_bytes(), []
     with serving("denies") as server:
         made = asking(server, record=str(record), lag=0)
