@@ -285,6 +285,7 @@ def test_an_endpoint_that_cannot_be_asked_is_refused_before_anything_starts(
 ):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("ODD", f"{KEY} {KEY}")
+    monkeypatch.setattr(train, "Run", None)  # nothing starts if it is not refused
     config = settings.Config()
     config.skills.maker = maker
     if "needs a server" not in message:

@@ -449,8 +449,11 @@ def test_twins_of_a_failure_all_have_it_and_it_is_tried_when_asked_again(tmp_pat
         assert writer.write("aaa") == [None] * 3
         assert writer.counts == {"asked": 3, "status": 3}
         assert writer.write("a") == [skill()]
-    assert len(server.asked) == 2
-    assert [line["failure"] for line in lines(path)] == ["status", ""]
+        server.times = 3
+        assert writer.write("b") == [None]
+        assert ask(server, "b", record=str(path))[0] == [skill()]
+    assert len(server.asked) == 4
+    assert [line["failure"] for line in lines(path)] == ["status", "", "status", ""]
     assert ask("http://h/v1", "aa", replay=str(path))[0] == [skill()] * 2
 
 
