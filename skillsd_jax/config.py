@@ -188,7 +188,7 @@ class Endpoint:
     concurrency: int = 8  # requests at a time
     lag: int = 1  # iterations from an episode to when its skill enters the bank
     late: str = "wait"  # for what is not there by then, or 'drop'
-    record: str = ""  # file that takes every request and answer
+    record: str = ""  # file of requests and answers; what it answers is not asked again
     replay: str = ""  # file to answer from, without a server
 
 

@@ -77,19 +77,22 @@ def _check_method(config: settings.Config) -> None:
 
 
 def _check_skills(config: settings.Config) -> None:
-    """Libraries can be read, rules are known, and whoever is to write can be asked."""
-    skills = config.skills
+    """Libraries can be read, rules are known, and whoever is to write can be asked, for
+    skills that are shown."""
+    skills, method = config.skills, recipe(config.objective.name)
     try:
         retrieval.check(skills.retrieval, skills.embedding)
         summaries.open_bank(skills)
-        if skills.maker == "endpoint":
-            summaries.asked_of(skills.endpoint, config.seed)
+        summaries.check(config)
     except ValueError as fault:
         raise Refused(str(fault)) from fault
-    if skills.asynchronous and skills.maker != "endpoint":
+    hinted = method.student_skill or config.rollout.hinted_groups
+    reads = hinted or method.shown == "skill"
+    if skills.maker == "endpoint" and not reads:
         raise Refused(
-            f"skills.asynchronous is of skills.maker=endpoint alone; {skills.maker} "
-            "writes while the loop waits"
+            f"skills.maker=endpoint pays a server for skills that nobody is shown: "
+            f"objective.name={config.objective.name} reads none of the bank; leave "
+            "skills.maker=template, or take a method that shows them"
         )
 
 

@@ -12,6 +12,7 @@ from skillsd_jax.config import (
     Model,
     Optimizer,
     Rollout,
+    Skills,
     difference,
     flatten,
     from_dict,
@@ -157,6 +158,7 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
     if config.evaluate.top_p > 1:
         raise Refused(f"evaluate.top_p={config.evaluate.top_p} must be at most 1")
     _check_correction(config.rollout)
+    _check_lag(config.skills)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -244,6 +246,17 @@ def _check_correction(rollout: Rollout) -> None:
             f"log-probs against the sampler's, and rollout.old_logprobs="
             f"{rollout.old_logprobs} has the sampler's alone; set "
             "--config.rollout.old_logprobs=recomputed, or the cap to 0"
+        )
+
+
+def _check_lag(skills: Skills) -> None:
+    if skills.endpoint.late == "drop" and not (
+        skills.endpoint.lag or skills.asynchronous
+    ):
+        raise Refused(
+            "skills.endpoint.late=drop with skills.endpoint.lag=0 would drop every "
+            "skill: none is there as soon as it is asked for; set "
+            "--config.skills.endpoint.lag=1 or more, or late=wait"
         )
 
 
