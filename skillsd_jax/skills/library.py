@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from skillsd_jax.skills import records
-from skillsd_jax.skills.bank import check_split
 from skillsd_jax.skills.skill import Skill, skill_id
 
 MAX_BYTES = 1 << 26  # of a file
@@ -160,10 +159,6 @@ def _section(
 def _lines(path: Path) -> Iterator[Skill]:
     for where, record in records.parse(path):
         held = record.skill
-        try:
-            check_split(held)
-        except ValueError as fault:
-            raise ValueError(f"{where}: {fault}") from fault
         if len(held.golden_workflow) > MAX_STEPS:
             raise ValueError(f"{where}: golden_workflow has over {MAX_STEPS} steps")
         texts = (held.success_analysis, held.mistake_analysis, *held.golden_workflow)
