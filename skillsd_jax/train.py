@@ -54,10 +54,10 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
       validation.Refused: the run cannot work; nothing has been changed.
     """
     preflight.check(config)
-    validation.claim_workdir(workdir, config)
     compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(validation.claimed(workdir, config))
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
 
@@ -149,9 +149,10 @@ class Run:
 
     def _make_skills(self, stack: contextlib.ExitStack) -> None:
         keys = functools.partial(key_for, self.config.seed, "summary")
-        self.bank = summaries.open_bank(self.config.skills)
         self.summaries = summaries.Summaries(self.config, self.player, keys)
         stack.callback(self.summaries.close)
+        families, say = self.stage.local.families, self.progress.say
+        self.bank = self.summaries.open_bank(families, say)
 
     def _updates(self) -> int:
         """Optimiser steps per iteration, at most."""
@@ -181,10 +182,8 @@ class Run:
             self.writer.write(iteration, record)
             self.progress.iteration(iteration, record)
             done = iteration + 1
-            if (
-                done % self.config.checkpoint_every == 0
-                or done == self.config.iterations
-            ):
+            last = done == self.config.iterations
+            if last or done % self.config.checkpoint_every == 0:
                 self._save(done)
         self.writer.close()
         self.checkpoints.close()
@@ -318,8 +317,9 @@ class Run:
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
-        chosen = list(zip(played.trajectories, shown))
-        chosen = chosen[: self.config.sample_trajectories]
+        chosen = list(zip(played.trajectories, shown))[
+            : self.config.sample_trajectories
+        ]
         lines = [experience.line(episode, skills) for episode, skills in chosen]
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
         artifacts.write_atomic(path, "".join(lines))

@@ -15,6 +15,7 @@ from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import summarizer
 from skillsd_jax.skills.bank import Bank
 from skillsd_jax.trajectory import Task, Trajectory, Turn
+from skillsd_jax.validation import Refused
 from tests.skills.server import KEY, serving
 
 ROOT = Path(__file__).parent.parent
@@ -181,6 +182,19 @@ def test_an_endpoint_without_a_server_or_model_is_refused_before_anything_starts
     for options in ({"model": "m"}, {"url": "http://localhost:1/v1"}):
         with pytest.raises(ValueError, match="needs a server; set skills.endpoint.url"):
             writing(maker="endpoint", **options)
+
+
+def test_a_bank_begins_with_what_can_be_shown_of_the_libraries(tmp_path):
+    path, said = tmp_path / "a.md", []
+    path.write_text("# Family: heat\n## a\nb\n## c\n" + "d " * 200)
+    bank = writing(library=str(path)).open_bank(("pick",), said.append)
+    assert [skill.success_analysis for skill in bank.for_family("heat")] == ["a: b"]
+    assert (
+        "1 of 2 skills are longer than" in said[0] and "for heat, which no" in said[1]
+    )
+    path.write_text("## c\n" + "d " * 200)
+    with pytest.raises(Refused, match="none of the 1 skills"):
+        writing(library=str(path)).open_bank((), said.append)
 
 
 def smoke(name: str, tmp: Path) -> settings.Config:
