@@ -27,6 +27,7 @@ from skillsd_jax import (
     practice,
     preflight,
     rollout,
+    showing,
     summaries,
     timing,
     tokens,
@@ -208,12 +209,12 @@ class Run:
             self.bank.absorb(made.skills)
             views = self._views(played, iteration)
         figures = self._learn(views.rows, iteration)
-        shown = [hint or seen for hint, seen in zip(practiced.hints, views.shown)]
+        shown = [h.skills or seen for h, seen in zip(practiced.hints, views.shown)]
         with clock("skills"):
             reuse = experience.reuse(shown, self.bank, iteration)
             self._credit(played, shown)
         taught = [row.teacher is not None for row in views.rows]
-        hinted = [len(skills) > 0 for skills in practiced.hints]
+        hinted = [len(hint.skills) > 0 for hint in practiced.hints]
         record = {
             **experience.figures(practiced.played),
             **figures,
@@ -225,6 +226,7 @@ class Run:
                 "used": _mean(hinted if self.recipe.student_skill else taught),
                 "cut": views.cut,
                 "dropped": views.dropped,
+                **experience.unseen(played, practiced.hints),
                 **reuse,
             },
         }
@@ -289,9 +291,8 @@ class Run:
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""
         seed = [self.config.seed, 0, 5]
-        hints = experience.Hints(
-            self.bank, self.config.skills, seed, self.player.prompter
-        )
+        prompter = self.player.prompter
+        hints = showing.Hints(self.bank, self.config.skills, seed, prompter)
         hint = hints.text if self.recipe.student_skill else None
         results = self.panels.standing(self.state.weights, hint)
         return {when + name: dataclasses.asdict(r) for name, r in results.items()}
@@ -310,8 +311,7 @@ class Run:
     def _teacher(self, when: str) -> dict[str, Any]:
         """Figures of the teacher's panel; another model's weights are not played with."""
         student, teacher = self.state.weights, self.state.teacher
-        external = self.teacher_record["kind"] == "external"
-        shared = teacher is None or external
+        shared = teacher is None or self.teacher_record["kind"] == "external"
         weights = student if shared else self.state.whole(teacher)
         return self.panels.teacher(student, weights, when)
 

@@ -350,6 +350,8 @@ def test_some_groups_may_play_and_learn_with_a_skill(finished):
     train.run(config, str(tmp / "hinted"))
     rows = metrics.read(tmp / "hinted" / "metrics.jsonl")
     assert [row["compilations"] for row in rows[2:]] == [0, 0]
+    assert rows[0]["skills"]["hints_missing"] > 0  # the bank starts empty
+    assert all(row["skills"]["hints_dropped"] == 0 for row in rows)
     hinted = [row for row in rows if "success_hinted" in row]
     assert hinted and all(0 < row["skills"]["used"] < 1 for row in hinted)
 
