@@ -8,7 +8,7 @@ from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
 from skillsd_jax.losses.objective.terms import policy
 from skillsd_jax.models import attention, huggingface, qwen, shapes, tokenizer
-from skillsd_jax.skills import retrieval
+from skillsd_jax.skills import retrieval, stock, written
 from skillsd_jax.validation import Refused, validate
 
 
@@ -82,7 +82,7 @@ def _check_skills(config: settings.Config) -> None:
     skills, method = config.skills, recipe(config.objective.name)
     try:
         retrieval.check(skills.retrieval, skills.embedding)
-        summaries.open_bank(skills)
+        stock.open_bank(skills)
         summaries.check(config)
     except ValueError as fault:
         raise Refused(str(fault)) from fault
@@ -109,6 +109,8 @@ def _probe(config: settings.Config) -> None:
             # Reads what ends a reply: a name the tokenizer has not is refused here.
             player = rollout.Player(networks[0], words, config.prompt, rows=1)
             _ = player.stop_ids, player.guide
+            room = written.Room(config.prompt.max_skill_length, player.prompter.size)
+            stock.open_bank(config.skills, room)
         environment = rollout.environment(config.environment, "train")
         environment.reset(0)
     except (ImportError, ValueError, OSError) as fault:

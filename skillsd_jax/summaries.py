@@ -8,16 +8,17 @@ endpoint   a server writes; a skill enters `endpoint.lag` iterations later, or w
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from skillsd_jax import author, experience, rollout
 from skillsd_jax import config as settings
-from skillsd_jax.skills import asking, endpoint, library, summarizer, written
+from skillsd_jax.skills import asking, endpoint, stock, summarizer, written
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills.skill import Skill
+from skillsd_jax.validation import Refused
 
 # A writer is asked for half a word per token of a skill, and for this many at least.
 WORDS = 20
@@ -79,6 +80,19 @@ class Summaries:
         }[self.config.maker]
         self.author = author.Author.of(player, self.config.author)
         self._pending: list[_Pending] = []
+
+    def open_bank(
+        self, families: Collection[str], say: Callable[[str], None]
+    ) -> skill_bank.Bank:
+        """The bank to begin with, see stock.open_bank.
+
+        Raises:
+          Refused: a library cannot be used.
+        """
+        try:
+            return stock.open_bank(self.config, self.writing.room, families, say)
+        except ValueError as fault:
+            raise Refused(str(fault)) from fault
 
     def take(
         self,
@@ -161,22 +175,6 @@ class Summaries:
             raise ValueError("only an endpoint can be asked ahead of time")
         handle = self.writer.submit([request.text])
         self._pending.append(_Pending(request, due, handle))
-
-
-def open_bank(config: settings.Skills) -> skill_bank.Bank:
-    """A bank with the skills of the libraries that are set, and nothing else.
-
-    Raises:
-      ValueError: a library cannot be read.
-    """
-    bank = skill_bank.Bank(
-        config.capacity,
-        config.family_capacity,
-        config.global_capacity,
-        config.similarity,
-    )
-    bank.absorb(library.load_all(config.library))
-    return bank
 
 
 def check(config: settings.Config) -> None:

@@ -27,6 +27,7 @@ from skillsd_jax import (
     practice,
     preflight,
     rollout,
+    showing,
     summaries,
     timing,
     tokens,
@@ -54,10 +55,10 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
       validation.Refused: the run cannot work; nothing has been changed.
     """
     preflight.check(config)
-    validation.claim_workdir(workdir, config)
     compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(validation.claimed(workdir, config))
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
 
@@ -149,9 +150,10 @@ class Run:
 
     def _make_skills(self, stack: contextlib.ExitStack) -> None:
         keys = functools.partial(key_for, self.config.seed, "summary")
-        self.bank = summaries.open_bank(self.config.skills)
         self.summaries = summaries.Summaries(self.config, self.player, keys)
         stack.callback(self.summaries.close)
+        families, say = self.stage.local.families, self.progress.say
+        self.bank = self.summaries.open_bank(families, say)
 
     def _updates(self) -> int:
         """Optimiser steps per iteration, at most."""
@@ -181,10 +183,8 @@ class Run:
             self.writer.write(iteration, record)
             self.progress.iteration(iteration, record)
             done = iteration + 1
-            if (
-                done % self.config.checkpoint_every == 0
-                or done == self.config.iterations
-            ):
+            last = done == self.config.iterations
+            if last or done % self.config.checkpoint_every == 0:
                 self._save(done)
         self.writer.close()
         self.checkpoints.close()
@@ -209,12 +209,12 @@ class Run:
             self.bank.absorb(made.skills)
             views = self._views(played, iteration)
         figures = self._learn(views.rows, iteration)
-        shown = [hint or seen for hint, seen in zip(practiced.hints, views.shown)]
+        shown = [h.skills or seen for h, seen in zip(practiced.hints, views.shown)]
         with clock("skills"):
             reuse = experience.reuse(shown, self.bank, iteration)
             self._credit(played, shown)
         taught = [row.teacher is not None for row in views.rows]
-        hinted = [len(skills) > 0 for skills in practiced.hints]
+        hinted = [len(hint.skills) > 0 for hint in practiced.hints]
         record = {
             **experience.figures(practiced.played),
             **figures,
@@ -226,6 +226,7 @@ class Run:
                 "used": _mean(hinted if self.recipe.student_skill else taught),
                 "cut": views.cut,
                 "dropped": views.dropped,
+                **experience.unseen(played, practiced.hints),
                 **reuse,
             },
         }
@@ -290,9 +291,8 @@ class Run:
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""
         seed = [self.config.seed, 0, 5]
-        hints = experience.Hints(
-            self.bank, self.config.skills, seed, self.player.prompter
-        )
+        prompter = self.player.prompter
+        hints = showing.Hints(self.bank, self.config.skills, seed, prompter)
         hint = hints.text if self.recipe.student_skill else None
         results = self.panels.standing(self.state.weights, hint)
         return {when + name: dataclasses.asdict(r) for name, r in results.items()}
@@ -311,15 +311,15 @@ class Run:
     def _teacher(self, when: str) -> dict[str, Any]:
         """Figures of the teacher's panel; another model's weights are not played with."""
         student, teacher = self.state.weights, self.state.teacher
-        external = self.teacher_record["kind"] == "external"
-        shared = teacher is None or external
+        shared = teacher is None or self.teacher_record["kind"] == "external"
         weights = student if shared else self.state.whole(teacher)
         return self.panels.teacher(student, weights, when)
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
-        chosen = list(zip(played.trajectories, shown))
-        chosen = chosen[: self.config.sample_trajectories]
+        chosen = list(zip(played.trajectories, shown))[
+            : self.config.sample_trajectories
+        ]
         lines = [experience.line(episode, skills) for episode, skills in chosen]
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
         artifacts.write_atomic(path, "".join(lines))

@@ -1,9 +1,10 @@
 """Refusing what cannot work before anything starts."""
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from skillsd_jax.artifacts import write_atomic
@@ -330,6 +331,21 @@ def claim_workdir(workdir: str, config: Config) -> bool:
             f"--workdir or the same settings\n" + "\n".join(rows)
         )
     return True
+
+
+@contextlib.contextmanager
+def claimed(workdir: str, config: Config) -> Iterator[None]:
+    """`claim_workdir`, taken back where a run of a new folder is refused after all.
+
+    What ends it otherwise leaves the folder claimed: the same settings go on from there.
+    """
+    known = claim_workdir(workdir, config)
+    try:
+        yield
+    except Refused:
+        if not known:
+            (Path(workdir) / "config.json").unlink()
+        raise
 
 
 def read_config(workdir: Path) -> Config:

@@ -45,7 +45,7 @@ def practiced(monkeypatch):
         config = settings.Config()
         config.rollout.prompts, config.rollout.group_size = PROMPTS, GROUP
         config.rollout.draws = draws
-        player = SimpleNamespace(prompter=None)
+        player = SimpleNamespace(prompter=SimpleNamespace(size=len))
         made = practice.Practice(
             config, objective.recipe(name), player, [], jax.random.key, None
         )

@@ -24,6 +24,7 @@ from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import summarizer
 from skillsd_jax.skills.bank import Bank
 from skillsd_jax.trajectory import Task, Trajectory, Turn
+from skillsd_jax.validation import Refused
 from tests.skills.server import CYCLE, KEY, serving
 
 ROOT = Path(__file__).parent.parent
@@ -374,6 +375,19 @@ def test_a_run_finishes_whatever_its_server_does_and_every_request_is_accounted_
     shown = (tmp_path / "work" / "skills.jsonl").read_text()
     assert "(key)" in shown and "Ignore previous" in shown
     assert "<|" not in shown and "</" not in shown and "\\u001b" not in shown
+
+
+def test_a_bank_begins_with_what_can_be_shown_of_the_libraries(tmp_path):
+    path, said = tmp_path / "a.md", []
+    path.write_text("# Family: heat\n## a\nb\n## c\n" + "d " * 200)
+    bank = writing(library=str(path)).open_bank(("pick",), said.append)
+    assert [skill.success_analysis for skill in bank.for_family("heat")] == ["a: b"]
+    assert (
+        "1 of 2 skills are longer than" in said[0] and "for heat, which no" in said[1]
+    )
+    path.write_text("## c\n" + "d " * 200)
+    with pytest.raises(Refused, match="none of the 1 skills"):
+        writing(library=str(path)).open_bank((), said.append)
 
 
 def smoke(name: str, tmp: Path) -> settings.Config:

@@ -117,6 +117,18 @@ def test_a_workdir_is_claimed_once_and_taken_up_again(tmp_path):
     assert validation.claim_workdir(folder, config.Config()) is True
 
 
+@pytest.mark.parametrize("fault", [validation.Refused, KeyboardInterrupt])
+def test_a_new_workdir_is_given_back_by_a_refusal_alone(fault, tmp_path):
+    for folder, known in ((tmp_path / "new", False), (tmp_path / "old", True)):
+        if known:
+            validation.claim_workdir(str(folder), config.Config())
+        with pytest.raises(fault), validation.claimed(str(folder), config.Config()):
+            assert (folder / "config.json").exists()
+            raise fault("no")
+        given_back = fault is validation.Refused and not known
+        assert (folder / "config.json").exists() != given_back
+
+
 def test_a_workdir_of_other_settings_is_refused_with_the_difference(tmp_path):
     validation.claim_workdir(str(tmp_path), config.Config())
     before = (tmp_path / "config.json").read_text()
