@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -308,6 +308,18 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "prompts_cut": sum(t.cut for t in trajectories),
         "replies_cut": _mean([not turn.stopped for turn in turns]),
     }
+
+
+def rewards(
+    shown: Iterable[tuple[Trajectory, Sequence[Skill]]],
+) -> list[tuple[str, float]]:
+    """(skill id, reward of its episode in [0, 1]) of each that was shown."""
+    return [
+        (skill.id, summarizer.unit_reward(episode))
+        for episode, skills in shown
+        if episode.ending not in FAULTS
+        for skill in skills
+    ]
 
 
 def reuse(shown: Shown, bank: skill_bank.Bank, iteration: int) -> dict[str, float]:

@@ -38,12 +38,14 @@ class Practiced:
       played: all of them.
       hints: what each kept episode's player was shown.
       dropped: groups that were played and not kept.
+      unkept: their episodes and what their players were shown: it earns credit too.
     """
 
     kept: experience.Experience
     played: Sequence[Trajectory]
     hints: Sequence[showing.Hint]
     dropped: int
+    unkept: Sequence[tuple[Trajectory, showing.Hint]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Practice:
         kept: list[list[Trajectory]] = []
         hints: list[showing.Hint] = []
         played: list[Trajectory] = []
+        unkept: list[tuple[Trajectory, showing.Hint]] = []
         for draw in range(setting.draws):
             episodes, shown = self._draw(params, iteration * setting.draws + draw, bank)
             played += episodes
@@ -91,6 +94,8 @@ class Practice:
                 if len(kept) < setting.prompts and useful:
                     kept.append(group)
                     hints += shown[first : first + size]
+                else:
+                    unkept += zip(group, shown[first : first + size])
             if len(kept) == setting.prompts:
                 break
         dropped = len(played) // size - len(kept)
@@ -99,7 +104,7 @@ class Practice:
             hints = [NO_HINT] * sum(map(len, kept))
         groups = [index for index, group in enumerate(kept) for _ in group]
         found = experience.Experience([t for g in kept for t in g], groups, iteration)
-        return Practiced(found, played, hints, dropped)
+        return Practiced(found, played, hints, dropped, unkept)
 
     def _rescue(
         self, params: Any, iteration: int, groups: list[list[Trajectory]]

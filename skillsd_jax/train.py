@@ -36,7 +36,6 @@ from skillsd_jax import (
 from skillsd_jax import config as settings
 from skillsd_jax.losses.objective import recipe
 from skillsd_jax.skills import bank as skill_bank
-from skillsd_jax.skills import summarizer
 
 PURPOSES = ("rollout", "evaluate", "teacher", "summary")
 
@@ -212,7 +211,7 @@ class Run:
         shown = [h.skills or seen for h, seen in zip(practiced.hints, views.shown)]
         with clock("skills"):
             reuse = experience.reuse(shown, self.bank, iteration)
-            self._credit(played, shown)
+            self._credit(played, shown, practiced.unkept)
         taught = [row.teacher is not None for row in views.rows]
         hinted = [len(hint.skills) > 0 for hint in practiced.hints]
         record = {
@@ -277,16 +276,13 @@ class Run:
         )
         return tokens.arrange(batch, order, self.config.optimizer)
 
-    def _credit(self, played: experience.Experience, shown) -> None:
-        """Books each episode's reward to the skill of the bank that was shown."""
+    def _credit(self, played: experience.Experience, shown, unkept) -> None:
+        """Books each episode's reward to the skills of the bank that were shown."""
         if self.recipe.shown != "skill" and not self.practice.hinted:
             return
-        rewards = (
-            (skill.id, summarizer.unit_reward(played.trajectories[i]))
-            for i in played.usable
-            for skill in shown[i]
-        )
-        self.bank.credit(rewards, played.iteration)
+        pairs = [*zip(played.trajectories, shown)]
+        pairs += [(episode, hint.skills) for episode, hint in unkept]
+        self.bank.credit(experience.rewards(pairs), played.iteration)
 
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""

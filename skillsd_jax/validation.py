@@ -276,6 +276,12 @@ def _check_lengths(config: Config) -> None:
             f"rollout.rows={rollout.rows}; set group_size to "
             + " or ".join(map(str, below + above))
         )
+    if rollout.hinted_groups and rollout.draws > 1:
+        raise Refused(
+            f"rollout.hinted_groups={rollout.hinted_groups} are so many of each draw, and "
+            f"rollout.draws={rollout.draws} keeps some groups of several; set one of "
+            "them back"
+        )
     if rollout.hinted_groups > rollout.prompts:
         raise Refused(
             f"rollout.hinted_groups={rollout.hinted_groups} are more groups than an "
@@ -312,7 +318,7 @@ def claim_workdir(workdir: str, config: Config) -> bool:
     """
     path = Path(workdir) / "config.json"
     try:
-        before = json.loads(path.read_text()) if path.exists() else None
+        before = _completed(json.loads(path.read_text())) if path.exists() else None
         if before is None:
             write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
             return False
@@ -346,6 +352,14 @@ def claimed(workdir: str, config: Config) -> Iterator[None]:
         if not known:
             (Path(workdir) / "config.json").unlink()
         raise
+
+
+def _completed(before: dict) -> dict:
+    """Settings of an earlier version: what it did not have is at its default."""
+    try:
+        return to_dict(from_dict(before))
+    except (ValueError, AttributeError, TypeError):
+        return before  # has what we do not know; shown as a difference
 
 
 def read_config(workdir: Path) -> Config:

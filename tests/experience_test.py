@@ -315,3 +315,11 @@ def test_the_penalty_of_a_row_agrees_with_the_released_code(prompter):
     )
     after = [row.reward for row in penalised.rows]
     np.testing.assert_allclose(after, data["scores_after"].sum(-1), rtol=1e-6)
+
+
+def test_every_skill_shown_earns_its_episodes_reward_but_for_faults(played):
+    bank, _ = shown(played)
+    held = bank.for_task(played.trajectories[0].task.key)
+    pairs = [(episode, held) for episode in played.trajectories]
+    earned = experience.rewards(pairs)
+    assert earned == [(skill.id, r) for r in (1.0, 1.0, 0.0) for skill in held]

@@ -69,6 +69,13 @@ def test_groups_of_equal_rewards_are_dropped_and_others_drawn(practiced):
     assert found.dropped == 2 and len(found.played) == 8
 
 
+def test_groups_that_are_dropped_are_handed_over_with_what_they_were_shown(practiced):
+    found, _ = practiced([(0, 0), (0, 1), (1, 0), (1, 1)], draws=3)
+    assert [episode.reward for episode, _ in found.unkept] == [0, 0, 1, 1]
+    kept = [*found.kept.trajectories, *(episode for episode, _ in found.unkept)]
+    assert sorted(map(id, kept)) == sorted(map(id, found.played))
+
+
 def test_what_is_short_after_the_last_draw_stays_short(practiced):
     found, asked = practiced([(0, 0), (0, 1), (1, 1), (0, 0)], draws=2)
     assert len(asked) == 2 and len(found.kept.trajectories) == 2
