@@ -8,7 +8,8 @@ Every folder must hold summary.json; the curves are of its metrics.jsonl. Runs t
 differ in another setting than the objective are told apart by `--by`. They are paired by
 seed: the warm start, the panel and the number of episodes are the same, so the difference
 between objectives is taken seed by seed. The interval is Student's t over the
-differences, 95 %.
+differences, 95 %. `steps` are environment steps, `teacher` its success in the end, shown
+an expert's skill.
 """
 
 import argparse
@@ -128,7 +129,9 @@ def cells(seeds: dict[int, dict], baseline: dict[int, dict]) -> list[str]:
         seeds[s]["after"]["success"] - baseline[s]["after"]["success"]
         for s in sorted(set(seeds) & set(baseline))
     ]
-    return [str(len(seeds)), *figures, points(gain) if seeds is not baseline else "–"]
+    steps = sum(s["environment_steps"] for s in seeds.values()) / len(seeds)
+    difference = points(gain) if seeds is not baseline else "–"
+    return [str(len(seeds)), f"{steps:,.0f}", *figures, difference]
 
 
 def main() -> None:
@@ -143,7 +146,7 @@ def main() -> None:
     check_same(runs)
     if arguments.plot:
         plot(arguments.folders, by, arguments.plot)
-    heads = (arguments.by, "seeds", "before", "after", "greedy", "teacher after")
+    heads = (arguments.by, "seeds", "steps", "before", "after", "greedy", "teacher")
     print(f"| {' | '.join(heads)} | minus {arguments.baseline} |")
     print("|---" * (len(heads) + 1) + "|")
     for name, seeds in sorted(runs.items()):

@@ -188,7 +188,7 @@ class Endpoint:
     concurrency: int = 8  # requests at a time
     lag: int = 1  # iterations from an episode to when its skill enters the bank
     late: str = "wait"  # for what is not there by then, or 'drop'
-    record: str = ""  # file that takes every request and answer
+    record: str = ""  # file of requests and answers; what it answers is not asked again
     replay: str = ""  # file to answer from, without a server
 
 
@@ -198,7 +198,7 @@ class Skills:
     comparative: bool = False  # one skill from a group's successes and failures
     asynchronous: bool = False  # endpoint: enters when it is there; not reproducible
     retrieval: str = "ucb"  # a mixture: [shelf:]rule+…, see skills/retrieval.py
-    exploration: float = 1.0  # c of UCB
+    exploration: float = 1.0  # c of UCB; 0.3 earns more over 500 shows of 20 skills
     embedding: str = "hashed"  # of retrieval; or sentence-transformers:MODEL
     per_group: int = 2  # best episodes of a group that are summarised
     capacity: int = 8  # skills per task

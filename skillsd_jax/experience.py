@@ -4,18 +4,18 @@ import collections
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from skillsd_jax import config as settings
-from skillsd_jax import prompts
+from skillsd_jax import prompts, showing
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import retrieval, summarizer
 from skillsd_jax.skills.skill import Skill
 from skillsd_jax.tokens import Row
-from skillsd_jax.trajectory import Role, Segment, Task, Trajectory
+from skillsd_jax.trajectory import Role, Segment, Trajectory
 
 FAULTS = ("error", "timeout")  # endings that say nothing about the agent
 
@@ -159,48 +159,14 @@ SHOWN = {
 }
 
 
-def fitting(skills: Sequence[Skill], prompter: prompts.Prompter) -> tuple[Skill, ...]:
-    """Those that can be shown whole together: each in turn, if there is room for it."""
-    chosen: list[Skill] = []
-    for skill in skills:
-        if prompter.fits(summarizer.render(*chosen, skill)):
-            chosen.append(skill)
-    return tuple(chosen)
-
-
-class Hints:
-    """Skills of the bank for each task, chosen once: its whole group sees the same.
-
-    Args:
-      bank, config: see retrieval.retrieve.
-      seed: of the choices; each task's is its own, in whatever order they are asked for.
-      prompter: a skill that it cannot show whole is not shown.
-    """
-
-    def __init__(
-        self,
-        bank: skill_bank.Bank,
-        config: settings.Skills,
-        seed: Sequence[int],
-        prompter: prompts.Prompter,
-    ):
-        self._bank, self._config, self._seed = bank, config, seed
-        self._prompter = prompter
-        self.shown: dict[str, tuple[Skill, ...]] = {}
-
-    def text(self, task: Task) -> str | None:
-        """What the task's players are shown."""
-        if task.key not in self.shown:
-            seed = [*self._seed, zlib.crc32(task.key.encode())]
-            rng = np.random.default_rng(seed)
-            found = retrieval.retrieve(self._bank, task, "", rng, self._config)
-            self.shown[task.key] = fitting(found, self._prompter)
-        return text_of(self.shown[task.key])
-
-
-def text_of(skills: Sequence[Skill]) -> str | None:
-    """What a prompt shows of them; None: nothing."""
-    return summarizer.render(*skills) if skills else None
+def unseen(played: Experience, hints: Sequence[showing.Hint]) -> dict[str, int]:
+    """Rows whose player was to see skills: shown fewer than were found; none found."""
+    rows = [(len(played.trajectories[i].contexts), hints[i]) for i in played.usable]
+    fewer = [n for n, hint in rows if hint.found and len(hint.skills) < hint.found]
+    return {
+        "hints_dropped": sum(fewer),
+        "hints_missing": sum(n for n, hint in rows if hint.found == 0),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +177,8 @@ class Views:
       rows: one per context.
       shown: the skills each episode's teacher really saw.
       cut: history entries cut from teacher views.
-      dropped: skills for which there was no room.
+      dropped: rows whose teacher was shown fewer skills than were chosen for it, for
+        want of room.
     """
 
     rows: list[Row]
@@ -241,6 +208,7 @@ def views(
         played, where that has a skill; the student's view is then without.
     """
     rows, shown, cut, dropped = [], [()] * len(skills), 0, 0
+    fitting = showing.Fitting(prompter)
     for index in experience.usable:
         contexts = experience.trajectories[index].contexts
         skilled: Sequence[Sequence[Segment] | None] = [None] * len(contexts)
@@ -252,13 +220,13 @@ def views(
             skilled = [full if len(full) > len(b) else None for full, b in pairs]
             contexts = bare
         found = () if hinted(experience.trajectories[index]) else skills[index]
-        whole = fitting(found, prompter)
-        if (text := text_of(whole)) is not None:
+        whole = fitting(found)
+        if (text := showing.text_of(whole)) is not None:
             made = [prompter.skilled(context, text) for context in contexts]
             if all(made):
                 shown[index], skilled = whole, [view for view, _ in made]
                 cut += sum(cuts for _, cuts in made)
-        dropped += len(found) - len(shown[index])
+        dropped += len(contexts) * (len(shown[index]) < len(found))
         both = list(zip(contexts, skilled))
         rows += _rows(experience, index, both, prompter, objective)
     return Views(rows, shown, cut, dropped)
@@ -342,6 +310,18 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     }
 
 
+def rewards(
+    shown: Iterable[tuple[Trajectory, Sequence[Skill]]],
+) -> list[tuple[str, float]]:
+    """(skill id, reward of its episode in [0, 1]) of each that was shown."""
+    return [
+        (skill.id, summarizer.unit_reward(episode))
+        for episode, skills in shown
+        if episode.ending not in FAULTS
+        for skill in skills
+    ]
+
+
 def reuse(shown: Shown, bank: skill_bank.Bank, iteration: int) -> dict[str, float]:
     """Of the skills shown: iterations since they entered the bank, earlier shows.
 
@@ -370,7 +350,7 @@ def line(trajectory: Trajectory, skills: Sequence[Skill]) -> str:
         "success": trajectory.success,
         "reward": trajectory.reward,
         "ending": trajectory.ending,
-        "skill": text_of(skills),
+        "skill": showing.text_of(skills),
         "turns": [dataclasses.asdict(turn) for turn in trajectory.turns],
     }
     return json.dumps(record, ensure_ascii=False) + "\n"

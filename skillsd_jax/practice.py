@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from skillsd_jax import config as settings
-from skillsd_jax import experience, imitate, rollout
+from skillsd_jax import experience, imitate, rollout, showing
 from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import Recipe
 from skillsd_jax.skills import bank as skill_bank
@@ -16,6 +16,7 @@ from skillsd_jax.skills import summarizer
 from skillsd_jax.trajectory import Task, Trajectory
 
 Keys = Callable[[int], jax.Array]
+NO_HINT = showing.Hint()
 
 
 def drawn_tasks(seed: int, draw: int, count: int, tasks: int) -> list[int]:
@@ -35,14 +36,16 @@ class Practiced:
     Args:
       kept: the episodes to learn from.
       played: all of them.
-      hints: the skills that each kept episode's player was shown.
+      hints: what each kept episode's player was shown.
       dropped: groups that were played and not kept.
+      unkept: their episodes and what their players were shown: it earns credit too.
     """
 
     kept: experience.Experience
     played: Sequence[Trajectory]
-    hints: experience.Shown
+    hints: Sequence[showing.Hint]
     dropped: int
+    unkept: Sequence[tuple[Trajectory, showing.Hint]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +82,9 @@ class Practice:
         """
         setting, size = self.config.rollout, self.config.rollout.group_size
         kept: list[list[Trajectory]] = []
-        hints: experience.Shown = []
+        hints: list[showing.Hint] = []
         played: list[Trajectory] = []
+        unkept: list[tuple[Trajectory, showing.Hint]] = []
         for draw in range(setting.draws):
             episodes, shown = self._draw(params, iteration * setting.draws + draw, bank)
             played += episodes
@@ -90,15 +94,17 @@ class Practice:
                 if len(kept) < setting.prompts and useful:
                     kept.append(group)
                     hints += shown[first : first + size]
+                else:
+                    unkept += zip(group, shown[first : first + size])
             if len(kept) == setting.prompts:
                 break
         dropped = len(played) // size - len(kept)
         if self.recipe.shown == "rescued":
             kept = self._rescue(params, iteration, kept)
-            hints = [()] * sum(map(len, kept))
+            hints = [NO_HINT] * sum(map(len, kept))
         groups = [index for index, group in enumerate(kept) for _ in group]
         found = experience.Experience([t for g in kept for t in g], groups, iteration)
-        return Practiced(found, played, hints, dropped)
+        return Practiced(found, played, hints, dropped, unkept)
 
     def _rescue(
         self, params: Any, iteration: int, groups: list[list[Trajectory]]
@@ -140,9 +146,9 @@ class Practice:
         )
         seeds = np.repeat(drawn, config.rollout.group_size)
         if self.recipe.data == "expert":
-            return self._recorded(seeds, draw), [()] * len(seeds)
+            return self._recorded(seeds, draw), [NO_HINT] * len(seeds)
         seed = [config.seed, draw, 3]
-        hints = experience.Hints(bank, config.skills, seed, self.player.prompter)
+        hints = showing.Hints(bank, config.skills, seed, self.player.prompter)
         hint = self._hint(hints, drawn)
         episodes = rollout.collect(
             self.player,
@@ -155,9 +161,9 @@ class Practice:
         )
         for episode in episodes if hint else ():
             hint(episode.task)  # also of those that another process has played
-        return episodes, [hints.shown.get(e.task.key, ()) for e in episodes]
+        return episodes, [hints.given.get(e.task.key, NO_HINT) for e in episodes]
 
-    def _hint(self, hints: experience.Hints, drawn: Sequence[int]):
+    def _hint(self, hints: showing.Hints, drawn: Sequence[int]):
         """Skills for all groups of a draw, for the first few of them, or for none."""
         if self.recipe.student_skill:
             return hints.text

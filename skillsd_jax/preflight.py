@@ -8,7 +8,7 @@ from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
 from skillsd_jax.losses.objective.terms import policy
 from skillsd_jax.models import attention, huggingface, qwen, shapes, tokenizer
-from skillsd_jax.skills import retrieval
+from skillsd_jax.skills import retrieval, stock, written
 from skillsd_jax.validation import Refused, validate
 
 
@@ -77,19 +77,22 @@ def _check_method(config: settings.Config) -> None:
 
 
 def _check_skills(config: settings.Config) -> None:
-    """Libraries can be read, rules are known, and whoever is to write can be asked."""
-    skills = config.skills
+    """Libraries can be read, rules are known, and whoever is to write can be asked, for
+    skills that are shown."""
+    skills, method = config.skills, recipe(config.objective.name)
     try:
         retrieval.check(skills.retrieval, skills.embedding)
-        summaries.open_bank(skills)
-        if skills.maker == "endpoint":
-            summaries.asked_of(skills.endpoint, config.seed)
+        stock.open_bank(skills)
+        summaries.check(config)
     except ValueError as fault:
         raise Refused(str(fault)) from fault
-    if skills.asynchronous and skills.maker != "endpoint":
+    hinted = method.student_skill or config.rollout.hinted_groups
+    reads = hinted or method.shown == "skill"
+    if skills.maker == "endpoint" and not reads:
         raise Refused(
-            f"skills.asynchronous is of skills.maker=endpoint alone; {skills.maker} "
-            "writes while the loop waits"
+            f"skills.maker=endpoint pays a server for skills that nobody is shown: "
+            f"objective.name={config.objective.name} reads none of the bank; leave "
+            "skills.maker=template, or take a method that shows them"
         )
 
 
@@ -106,6 +109,8 @@ def _probe(config: settings.Config) -> None:
             # Reads what ends a reply: a name the tokenizer has not is refused here.
             player = rollout.Player(networks[0], words, config.prompt, rows=1)
             _ = player.stop_ids, player.guide
+            room = written.Room(config.prompt.max_skill_length, player.prompter.size)
+            stock.open_bank(config.skills, room)
         environment = rollout.environment(config.environment, "train")
         environment.reset(0)
     except (ImportError, ValueError, OSError) as fault:

@@ -5,6 +5,7 @@ token: what an environment, a player or a skill says cannot open or close a turn
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -120,6 +121,8 @@ class Prompter:
         self.encoder = encoder
         self.config = config
         self.style = STYLES[config.style]
+        # One text is measured and shown in context after context.
+        self._shown = functools.lru_cache(1)(self._framed)
 
     def opening(
         self,
@@ -192,9 +195,10 @@ class Prompter:
         """The teacher's view: the same segments and a SKILL segment.
 
         That stands after the task, in its turn, or with prompt.skill_turn='system' at the
-        end of the system turn, which is opened for it where there is none. The view may be longer than the plain view by `max_skill_length`. Over that, the
-        environment's words are cut oldest first, never the agent's tokens, the task,
-        the skill or the last observation.
+        end of the system turn, which is opened for it where there is none. The view may
+        be longer than the plain view by `max_skill_length`. Over that, the environment's
+        words are cut oldest first, never the agent's tokens, the task, the skill or the
+        last observation.
 
         Args:
           context: a plain context, as the model saw it, replies included.
@@ -318,14 +322,14 @@ class Prompter:
         )
         return _segment(Role.ENVIRONMENT, self.encoder.encode(text))
 
-    def _shown(self, skill_text: str) -> Sequence[int]:
+    def _framed(self, skill_text: str) -> Sequence[int]:
         """What a skill adds to a prompt, the frame of a turn of its own included."""
         encoder = self.encoder
         if self.config.skill_turn == "task":
             return encoder.encode(skill_text + "\n")
         if self._system():
             return encoder.encode("\n" + skill_text)
-        ids = encoder.encode(skill_text)
+        ids = self._encode(skill_text)
         return [*encoder.open_turn("system"), *ids, *encoder.close_turn()]
 
     def _with_skill(

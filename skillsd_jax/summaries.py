@@ -6,22 +6,25 @@ endpoint   a server writes; a skill enters `endpoint.lag` iterations later, or w
            skills.asynchronous as soon as it is there
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from skillsd_jax import author, experience, rollout
 from skillsd_jax import config as settings
+from skillsd_jax.skills import asking, endpoint, stock, summarizer, written
 from skillsd_jax.skills import bank as skill_bank
-from skillsd_jax.skills import endpoint, library, summarizer, written
 from skillsd_jax.skills.skill import Skill
+from skillsd_jax.validation import Refused
 
 # A writer is asked for half a word per token of a skill, and for this many at least.
 WORDS = 20
 # What becomes of what is asked; figures of every iteration.
 FIGURES = ("asked", *written.OUTCOMES, "late", "waiting")
+LOCAL = "http://localhost"  # in the place of no url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +63,36 @@ class Summaries:
         keys: Callable[[int], jax.Array],
     ):
         self.config, self.keys = config.skills, keys
+        self.writer: endpoint.Writer | None = None
+        if self.config.maker == "endpoint":
+            self.writer = endpoint.Writer(asked_of(self.config.endpoint, config.seed))
         room = written.Room(config.prompt.max_skill_length, player.prompter.size)
-        limits = written.Limits(words=max(WORDS, room.tokens // 2))
-        self.writing = written.Writing(self.config.maker, room, limits)
+        self.writing = written.Writing(
+            self.config.maker,
+            room,
+            written.Limits(words=max(WORDS, room.tokens // 2)),
+            self.writer.endpoint.scrub if self.writer else str,
+        )
         self.make = {
             "template": self._template,
             "policy": self._policy,
             "endpoint": self._endpoint,
         }[self.config.maker]
         self.author = author.Author.of(player, self.config.author)
-        self.writer: endpoint.Writer | None = None
-        if self.config.maker == "endpoint":
-            self.writer = endpoint.Writer(asked_of(self.config.endpoint, config.seed))
         self._pending: list[_Pending] = []
+
+    def open_bank(
+        self, families: Collection[str], say: Callable[[str], None]
+    ) -> skill_bank.Bank:
+        """The bank to begin with, see stock.open_bank.
+
+        Raises:
+          Refused: a library cannot be used.
+        """
+        try:
+            return stock.open_bank(self.config, self.writing.room, families, say)
+        except ValueError as fault:
+            raise Refused(str(fault)) from fault
 
     def take(
         self,
@@ -110,7 +130,7 @@ class Summaries:
         ]
 
     def restore(self, state: Sequence[dict]) -> None:
-        """Asks again for what was under way."""
+        """Asks again for what was under way; what a recording answers is not sent."""
         for each in state:
             self._ask(written.Request(**each["request"]), each["due"])
 
@@ -157,43 +177,58 @@ class Summaries:
         self._pending.append(_Pending(request, due, handle))
 
 
-def open_bank(config: settings.Skills) -> skill_bank.Bank:
-    """A bank with the skills of the libraries that are set, and nothing else.
+def check(config: settings.Config) -> None:
+    """Whether the writer of skills could work; starts and leaves nothing.
 
     Raises:
-      ValueError: a library cannot be read.
+      ValueError: with the setting that is wrong. Repeats no secret.
     """
-    bank = skill_bank.Bank(
-        config.capacity,
-        config.family_capacity,
-        config.global_capacity,
-        config.similarity,
-    )
-    bank.absorb(library.load_all(config.library))
-    return bank
+    chosen, maker = config.skills.endpoint, config.skills.maker
+    with _named():
+        # Whoever writes: config.json has all settings.
+        asking.check_public(chosen.url or LOCAL, chosen.key_variable)
+    if maker == "endpoint":
+        asked = asked_of(chosen, config.seed)
+        with _named():
+            endpoint.check(asked)
+    elif config.skills.asynchronous:
+        raise ValueError(
+            f"skills.asynchronous is of skills.maker=endpoint alone; {maker} writes "
+            "while the loop waits"
+        )
 
 
-def asked_of(config: settings.Endpoint, seed: int) -> endpoint.Endpoint:
+def asked_of(config: settings.Endpoint, seed: int) -> asking.Endpoint:
     """The endpoint that is set; a replay needs no url.
 
     Raises:
-      ValueError: it cannot be used.
+      ValueError: it cannot be used; with the setting that is wrong.
     """
     if not (config.url or config.replay) or not config.model:
         raise ValueError(
             "skills.maker=endpoint needs a server; set skills.endpoint.url, such as "
             "http://localhost:8000/v1, and skills.endpoint.model as it calls it"
         )
-    return endpoint.Endpoint(
-        url=config.url or "http://localhost",
-        model=config.model,
-        temperature=config.temperature,
-        max_tokens=config.max_tokens,
-        seed=seed,
-        key_variable=config.key_variable,
-        timeout_s=config.timeout_s,
-        retries=config.retries,
-        concurrency=config.concurrency,
-        record=config.record,
-        replay=config.replay,
-    )
+    with _named():
+        return asking.Endpoint(
+            url=config.url or LOCAL,
+            model=config.model,
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            seed=seed,
+            key_variable=config.key_variable,
+            timeout_s=config.timeout_s,
+            retries=config.retries,
+            concurrency=config.concurrency,
+            record=config.record,
+            replay=config.replay,
+        )
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Gives the settings that an endpoint's faults begin with their whole names."""
+    try:
+        yield
+    except ValueError as fault:
+        raise ValueError(f"skills.endpoint.{fault}") from None

@@ -28,6 +28,7 @@ from skillsd_jax import (
     practice,
     preflight,
     rollout,
+    showing,
     summaries,
     timing,
     tokens,
@@ -36,7 +37,6 @@ from skillsd_jax import (
 from skillsd_jax import config as settings
 from skillsd_jax.losses.objective import recipe
 from skillsd_jax.skills import bank as skill_bank
-from skillsd_jax.skills import summarizer
 
 PURPOSES = ("rollout", "evaluate", "teacher", "summary")
 
@@ -58,7 +58,7 @@ def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(cluster.job(job))
         preflight.check(config)
-        _claim(workdir, config)
+        _claim(stack, workdir, config)
         compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
         jax.config.update("jax_compilation_cache_dir", str(compiled))
         shown = metrics.Progress(config.iterations, enabled=cluster.first())
@@ -66,7 +66,7 @@ def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
         return Run(config, Path(workdir), progress, stack).finish()
 
 
-def _claim(workdir: str, config: settings.Config) -> None:
+def _claim(stack: contextlib.ExitStack, workdir: str, config: settings.Config) -> None:
     """One process claims the folder; all of them go on, or none."""
     cluster.check_same("the workdir", workdir)
     cluster.check_same("the commit", metrics.commit() or "")
@@ -74,7 +74,7 @@ def _claim(workdir: str, config: settings.Config) -> None:
 
     def claimed() -> str:
         try:
-            validation.claim_workdir(workdir, config)
+            stack.enter_context(validation.claimed(workdir, config))
         except validation.Refused as refusal:
             return str(refusal)
         return ""
@@ -170,9 +170,10 @@ class Run:
 
     def _make_skills(self, stack: contextlib.ExitStack) -> None:
         keys = functools.partial(key_for, self.config.seed, "summary")
-        self.bank = summaries.open_bank(self.config.skills)
         self.summaries = summaries.Summaries(self.config, self.player, keys)
         stack.callback(self.summaries.close)
+        families, say = self.stage.local.families, self.progress.say
+        self.bank = self.summaries.open_bank(families, say)
 
     def _updates(self) -> int:
         """Optimiser steps per iteration, at most."""
@@ -203,10 +204,8 @@ class Run:
             self.writer.write(iteration, record)
             self.progress.iteration(iteration, record)
             done = iteration + 1
-            if (
-                done % self.config.checkpoint_every == 0
-                or done == self.config.iterations
-            ):
+            last = done == self.config.iterations
+            if last or done % self.config.checkpoint_every == 0:
                 self._save(done)
         self.writer.close()
         self.checkpoints.close()
@@ -236,12 +235,12 @@ class Run:
             self.bank.absorb(made.skills)
             views = self._views(played, iteration)
         figures = self._learn(views.rows, iteration)
-        shown = [hint or seen for hint, seen in zip(practiced.hints, views.shown)]
+        shown = [h.skills or seen for h, seen in zip(practiced.hints, views.shown)]
         with clock("skills"):
             reuse = experience.reuse(shown, self.bank, iteration)
-            self._credit(played, shown)
+            self._credit(played, shown, practiced.unkept)
         taught = [row.teacher is not None for row in views.rows]
-        hinted = [len(skills) > 0 for skills in practiced.hints]
+        hinted = [len(hint.skills) > 0 for hint in practiced.hints]
         record = {
             **experience.figures(practiced.played),
             **figures,
@@ -253,6 +252,7 @@ class Run:
                 "used": _mean(hinted if self.recipe.student_skill else taught),
                 "cut": views.cut,
                 "dropped": views.dropped,
+                **experience.unseen(played, practiced.hints),
                 **reuse,
             },
         }
@@ -303,23 +303,19 @@ class Run:
         )
         return tokens.arrange(batch, order, self.config.optimizer)
 
-    def _credit(self, played: experience.Experience, shown) -> None:
-        """Books each episode's reward to the skill of the bank that was shown."""
+    def _credit(self, played: experience.Experience, shown, unkept) -> None:
+        """Books each episode's reward to the skills of the bank that were shown."""
         if self.recipe.shown != "skill" and not self.practice.hinted:
             return
-        rewards = (
-            (skill.id, summarizer.unit_reward(played.trajectories[i]))
-            for i in played.usable
-            for skill in shown[i]
-        )
-        self.bank.credit(rewards, played.iteration)
+        pairs = [*zip(played.trajectories, shown)]
+        pairs += [(episode, hint.skills) for episode, hint in unkept]
+        self.bank.credit(experience.rewards(pairs), played.iteration)
 
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""
         seed = [self.config.seed, 0, 5]
-        hints = experience.Hints(
-            self.bank, self.config.skills, seed, self.player.prompter
-        )
+        prompter = self.player.prompter
+        hints = showing.Hints(self.bank, self.config.skills, seed, prompter)
         hint = hints.text if self.recipe.student_skill else None
         results = self.panels.standing(self.state.weights, hint)
         return {when + name: dataclasses.asdict(r) for name, r in results.items()}
@@ -338,8 +334,7 @@ class Run:
     def _teacher(self, when: str) -> dict[str, Any]:
         """Figures of the teacher's panel; another model's weights are not played with."""
         student, teacher = self.state.weights, self.state.teacher
-        external = self.teacher_record["kind"] == "external"
-        shared = teacher is None or external
+        shared = teacher is None or self.teacher_record["kind"] == "external"
         weights = student if shared else self.state.whole(teacher)
         return self.panels.teacher(student, weights, when)
 
@@ -347,8 +342,9 @@ class Run:
         """Writes some episodes as text, one JSON object a line."""
         if not cluster.first():
             return
-        chosen = list(zip(played.trajectories, shown))
-        chosen = chosen[: self.config.sample_trajectories]
+        chosen = list(zip(played.trajectories, shown))[
+            : self.config.sample_trajectories
+        ]
         lines = [experience.line(episode, skills) for episode, skills in chosen]
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
         artifacts.write_atomic(path, "".join(lines))

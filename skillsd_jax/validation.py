@@ -1,9 +1,10 @@
 """Refusing what cannot work before anything starts."""
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from skillsd_jax.artifacts import write_atomic
@@ -12,6 +13,7 @@ from skillsd_jax.config import (
     Model,
     Optimizer,
     Rollout,
+    Skills,
     difference,
     flatten,
     from_dict,
@@ -157,6 +159,7 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
     if config.evaluate.top_p > 1:
         raise Refused(f"evaluate.top_p={config.evaluate.top_p} must be at most 1")
     _check_correction(config.rollout)
+    _check_lag(config.skills)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -247,6 +250,17 @@ def _check_correction(rollout: Rollout) -> None:
         )
 
 
+def _check_lag(skills: Skills) -> None:
+    if skills.endpoint.late == "drop" and not (
+        skills.endpoint.lag or skills.asynchronous
+    ):
+        raise Refused(
+            "skills.endpoint.late=drop with skills.endpoint.lag=0 would drop every "
+            "skill: none is there as soon as it is asked for; set "
+            "--config.skills.endpoint.lag=1 or more, or late=wait"
+        )
+
+
 def _check_lengths(config: Config) -> None:
     rollout, prompt = config.rollout, config.prompt
     if rollout.rows % rollout.cohorts:
@@ -261,6 +275,12 @@ def _check_lengths(config: Config) -> None:
             f"rollout.group_size={rollout.group_size} must divide "
             f"rollout.rows={rollout.rows}; set group_size to "
             + " or ".join(map(str, below + above))
+        )
+    if rollout.hinted_groups and rollout.draws > 1:
+        raise Refused(
+            f"rollout.hinted_groups={rollout.hinted_groups} are so many of each draw, and "
+            f"rollout.draws={rollout.draws} keeps some groups of several; set one of "
+            "them back"
         )
     if rollout.hinted_groups > rollout.prompts:
         raise Refused(
@@ -298,7 +318,7 @@ def claim_workdir(workdir: str, config: Config) -> bool:
     """
     path = Path(workdir) / "config.json"
     try:
-        before = json.loads(path.read_text()) if path.exists() else None
+        before = _completed(json.loads(path.read_text())) if path.exists() else None
         if before is None:
             write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
             return False
@@ -317,6 +337,29 @@ def claim_workdir(workdir: str, config: Config) -> bool:
             f"--workdir or the same settings\n" + "\n".join(rows)
         )
     return True
+
+
+@contextlib.contextmanager
+def claimed(workdir: str, config: Config) -> Iterator[None]:
+    """`claim_workdir`, taken back where a run of a new folder is refused after all.
+
+    What ends it otherwise leaves the folder claimed: the same settings go on from there.
+    """
+    known = claim_workdir(workdir, config)
+    try:
+        yield
+    except Refused:
+        if not known:
+            (Path(workdir) / "config.json").unlink()
+        raise
+
+
+def _completed(before: dict) -> dict:
+    """Settings of an earlier version: what it did not have is at its default."""
+    try:
+        return to_dict(from_dict(before))
+    except (ValueError, AttributeError, TypeError):
+        return before  # has what we do not know; shown as a difference
 
 
 def read_config(workdir: Path) -> Config:

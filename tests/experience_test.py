@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from skillsd_jax import config as settings
-from skillsd_jax import experience
+from skillsd_jax import experience, showing
 from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import summarizer
@@ -172,12 +172,12 @@ def test_a_task_has_one_hint_for_its_whole_group(played, prompter):
     bank = skill_bank.Bank(4)
     bank.absorb(summarized(played, bank))
     retrieval = settings.Skills(retrieval="random")
-    hints = experience.Hints(bank, retrieval, [0], prompter)
+    hints = showing.Hints(bank, retrieval, [0], prompter)
     task, other = played.trajectories[0].task, played.trajectories[3].task
     said = {hints.text(task) for _ in range(9)}
     assert len(said) == 1 and said != {None}
     other = dataclasses.replace(other, family="unheard of")
-    assert hints.text(other) is None and hints.shown[other.key] == ()
+    assert hints.text(other) is None and hints.given[other.key] == showing.Hint((), 0)
 
 
 def test_what_a_task_is_shown_does_not_depend_on_who_asks_first(played, prompter):
@@ -190,7 +190,7 @@ def test_what_a_task_is_shown_does_not_depend_on_who_asks_first(played, prompter
     shown = []
     for order in (tasks, tasks[::-1]):
         config = settings.Skills(retrieval="random")
-        hints = experience.Hints(bank, config, [7], prompter)
+        hints = showing.Hints(bank, config, [7], prompter)
         shown.append({task.key: hints.text(task) for task in order})
     assert shown[0] == shown[1] and len(set(shown[0].values())) > 1
 
@@ -199,9 +199,10 @@ def test_a_hint_that_does_not_fit_is_not_shown(played):
     bank = skill_bank.Bank(4)
     bank.absorb(summarized(played, bank))
     tight = Prompter(Words(), settings.Prompt(max_skill_length=3))
-    hints = experience.Hints(bank, settings.Skills(), [0], tight)
+    hints = showing.Hints(bank, settings.Skills(), [0], tight)
     task = played.trajectories[0].task
-    assert hints.text(task) is None and hints.shown[task.key] == ()
+    assert hints.text(task) is None
+    assert hints.given[task.key] == showing.Hint((), 1)
 
 
 def test_the_best_episodes_of_a_group_are_summarised(played):
@@ -239,9 +240,35 @@ def test_a_skill_too_long_to_show_whole_is_dropped_and_counted(played):
     narrow = Prompter(Words(), settings.Prompt(max_skill_length=2))
     _, skills = shown(played)
     views = experience.views(played, skills, narrow, settings.Objective())
-    assert views.dropped == 3
+    assert views.dropped == len(views.rows) == 4 + 5 + 1
     assert all(row.teacher is None for row in views.rows)
     assert views.shown[:3] == [()] * 3
+
+
+def test_dropped_counts_the_rows_of_a_teacher_that_was_shown_fewer(played):
+    """Of two skills the first fits: rows of that episode count, of others none."""
+    _, skills = shown(played)
+    (one,), (other,) = skills[:2]
+    size = Prompter(Words(), settings.Prompt()).size(summarizer.render(one))
+    narrow = Prompter(Words(), settings.Prompt(max_skill_length=size))
+    chosen = [(one, other), (one,), (), (one,)]
+    views = experience.views(played, chosen, narrow, settings.Objective())
+    assert views.shown[:3] == [(one,), (one,), ()]
+    assert views.dropped == 4
+    assert [row.teacher is not None for row in views.rows] == [True] * 9 + [False]
+
+
+def test_rows_whose_player_saw_fewer_skills_than_were_found_are_counted(played):
+    skill = shown(played)[1][0][0]
+    nothing, fewer = showing.Hint((), 0), showing.Hint((skill,), 2)
+    for hints, dropped, missing in (
+        ([showing.Hint()] * 4, 0, 0),
+        ([showing.Hint((skill,), 1)] * 4, 0, 0),
+        ([nothing, fewer, showing.Hint((), 1), nothing], 5 + 1, 4),
+        ([fewer] * 4, 4 + 5 + 1, 0),  # the fourth broke and left no row
+    ):
+        counts = {"hints_dropped": dropped, "hints_missing": missing}
+        assert experience.unseen(played, hints) == counts
 
 
 def test_invalid_turns_cost_the_penalty_each(prompter):
@@ -288,3 +315,11 @@ def test_the_penalty_of_a_row_agrees_with_the_released_code(prompter):
     )
     after = [row.reward for row in penalised.rows]
     np.testing.assert_allclose(after, data["scores_after"].sum(-1), rtol=1e-6)
+
+
+def test_every_skill_shown_earns_its_episodes_reward_but_for_faults(played):
+    bank, _ = shown(played)
+    held = bank.for_task(played.trajectories[0].task.key)
+    pairs = [(episode, held) for episode in played.trajectories]
+    earned = experience.rewards(pairs)
+    assert earned == [(skill.id, r) for r in (1.0, 1.0, 0.0) for skill in held]

@@ -45,7 +45,7 @@ def practiced(monkeypatch):
         config = settings.Config()
         config.rollout.prompts, config.rollout.group_size = PROMPTS, GROUP
         config.rollout.draws = draws
-        player = SimpleNamespace(prompter=None)
+        player = SimpleNamespace(prompter=SimpleNamespace(size=len))
         made = practice.Practice(
             config, objective.recipe(name), player, [], jax.random.key, None
         )
@@ -67,6 +67,13 @@ def test_groups_of_equal_rewards_are_dropped_and_others_drawn(practiced):
     assert [t.reward for t in found.kept.trajectories] == [0, 1, 1, 0]
     assert found.kept.groups == [0, 0, 1, 1]
     assert found.dropped == 2 and len(found.played) == 8
+
+
+def test_groups_that_are_dropped_are_handed_over_with_what_they_were_shown(practiced):
+    found, _ = practiced([(0, 0), (0, 1), (1, 0), (1, 1)], draws=3)
+    assert [episode.reward for episode, _ in found.unkept] == [0, 0, 1, 1]
+    kept = [*found.kept.trajectories, *(episode for episode, _ in found.unkept)]
+    assert sorted(map(id, kept)) == sorted(map(id, found.played))
 
 
 def test_what_is_short_after_the_last_draw_stays_short(practiced):

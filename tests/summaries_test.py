@@ -1,5 +1,6 @@
 """Who writes skills, when they enter the bank, and what becomes of what is no skill."""
 
+import collections
 import dataclasses
 import json
 import time
@@ -10,12 +11,21 @@ import jax
 import pytest
 
 from skillsd_jax import config as settings
-from skillsd_jax import experience, metrics, presets, summaries, train
+from skillsd_jax import (
+    experience,
+    metrics,
+    preflight,
+    presets,
+    summaries,
+    train,
+    validation,
+)
 from skillsd_jax.prompts import Prompter
 from skillsd_jax.skills import summarizer
 from skillsd_jax.skills.bank import Bank
 from skillsd_jax.trajectory import Task, Trajectory, Turn
-from tests.skills.server import KEY, serving
+from skillsd_jax.validation import Refused
+from tests.skills.server import CYCLE, KEY, serving
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,10 +187,207 @@ def test_what_was_under_way_is_asked_again_after_a_restart():
     ]
 
 
+def filled(record):
+    """A recording of what the requests of two iterations are answered."""
+    with serving("tells_apart") as asked:
+        made = asking(asked, record=str(record), lag=1, timeout_s=5.0, concurrency=1)
+        made.take(played(0), Bank(8), None)
+        made.take(played(1), Bank(8), None)
+        made.take(played(2, tasks=0), Bank(8), None)
+        made.close()
+
+
+def replaying(record, interrupted, **options):
+    """The skills of four iterations, after a restart before each one that is named."""
+    options |= {"lag": 2, "replay": str(record), "maker": "endpoint", "model": "m"}
+    made, skills = writing(**options), []
+    for iteration in range(4):
+        if iteration in interrupted:
+            state = json.loads(json.dumps(made.state()))
+            assert len(state) == 3 * min(iteration, 2)
+            made.close()
+            made = writing(**options)
+            made.restore(state)
+        # Only what iterations 0 and 1 saw is recorded.
+        seen = dataclasses.replace(played(iteration % 2), iteration=iteration)
+        skills += made.take(seen, Bank(8), None).skills
+    made.close()
+    return skills
+
+
+def test_a_replayed_run_has_the_same_skills_wherever_it_is_interrupted(tmp_path):
+    filled(record := tmp_path / "recording.jsonl")
+    whole = replaying(record, ())
+    assert len({skill.success_analysis for skill in whole}) == 2
+    assert [skill.source for skill in whole[2:5]] == ["0/4", "1/0", "1/2"]
+    for interrupted in ((1,), (2,), (3,), (1, 2, 3)):
+        assert replaying(record, interrupted) == whole
+
+
+def test_a_run_that_was_killed_has_the_recorded_answers_again(tmp_path):
+    filled(record := tmp_path / "recording.jsonl")
+    before, again = record.read_bytes(), []
+    with serving("denies") as server:
+        made = asking(server, record=str(record), lag=0)
+        for iteration in (0, 1):
+            again += made.take(played(iteration), Bank(8), None).skills
+        made.close()
+        assert server.asked == [] and record.read_bytes() == before
+    assert [skill.success_analysis for skill in again] == ["number 1"] * 3 + [
+        "number 2"
+    ] * 3
+
+
+@pytest.mark.parametrize("behaviour", ["tells_the_key", "spells_the_key"])
+def test_no_field_of_a_skill_holds_the_key(behaviour, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    record = tmp_path / "recording.jsonl"
+    with serving(behaviour) as server:
+        made = asking(server, record=str(record), timeout_s=5.0)
+        skills = made.take(played(), Bank(8), None).skills
+        made.close()
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"  # it was sent
+    assert len(skills) == 3
+    for skill in skills:
+        assert skill.success_analysis in ("(key)", "the key is (key)")
+        assert KEY not in json.dumps(dataclasses.asdict(skill))
+    answer = json.loads(record.read_text())["answer"]
+    assert KEY not in answer and KEY not in str(json.loads(answer)["golden_workflow"])
+
+
 def test_an_endpoint_without_a_server_or_model_is_refused_before_anything_starts():
     for options in ({"model": "m"}, {"url": "http://localhost:1/v1"}):
         with pytest.raises(ValueError, match="needs a server; set skills.endpoint.url"):
             writing(maker="endpoint", **options)
+
+
+URL = "http://localhost:1/v1"
+
+
+@pytest.mark.parametrize(
+    ("maker", "options", "message"),
+    [
+        ("template", {"url": f"http://me:{KEY}@h/v1"}, "endpoint.url holds a user"),
+        ("policy", {"url": f"me:{KEY}@h/v1"}, "skills.endpoint.url holds a user"),
+        ("endpoint", {"url": f"http://me:{KEY}@h"}, "skills.endpoint.url holds a user"),
+        ("template", {"url": f"{URL}?api_key={KEY}"}, "endpoint.url holds .* a query"),
+        ("template", {"url": KEY}, "skills.endpoint.url must be http://HOST"),
+        ("template", {"key_variable": KEY}, "skills.endpoint.key_variable is no name"),
+        ("endpoint", {"url": URL}, "needs a server; set skills.endpoint.url"),
+        ("endpoint", {"replay": "none"}, "skills.endpoint.replay: there is no record"),
+        ("endpoint", {"url": URL, "record": "/proc/a"}, "skills.endpoint.record: /pro"),
+        ("endpoint", {"url": URL, "timeout_s": 1e6}, "skills.endpoint.timeout_s=1000"),
+        ("endpoint", {"url": URL, "key_variable": "ODD"}, "key_variable: ODD holds sp"),
+        ("endpoint", {"url": URL, "late": "drop", "lag": 0}, "endpoint.lag=1 or more"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_asked_is_refused_before_anything_starts(
+    maker, options, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("ODD", f"{KEY} {KEY}")
+    monkeypatch.setattr(train, "Run", None)  # nothing starts if it is not refused
+    config = settings.Config()
+    config.skills.maker = maker
+    if "needs a server" not in message:
+        config.skills.endpoint.model = "m"
+    for name, value in options.items():
+        setattr(config.skills.endpoint, name, value)
+    with pytest.raises(validation.Refused, match=message) as caught:
+        train.run(config, str(tmp_path / "work"))
+    assert KEY not in str(caught.value)
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "hinted", "reads"),
+    [("grpo", 0, False), ("sdpo", 0, False), ("hdpo", 0, False), ("opd", 0, False)]
+    + [("grpo", 1, True), ("skill_grpo", 0, True), ("sdar", 0, True)],
+)
+def test_nobody_is_paid_for_skills_that_nobody_is_shown(name, hinted, reads):
+    config = settings.Config()
+    config.objective.name, config.rollout.hinted_groups = name, hinted
+    preflight.check(config)
+    config.skills.maker = "endpoint"
+    config.skills.endpoint.url, config.skills.endpoint.model = URL, "m"
+    if reads:
+        return preflight.check(config)
+    with pytest.raises(validation.Refused, match=f"objective.name={name} reads none"):
+        preflight.check(config)
+
+
+def hostile(server, tmp: Path) -> settings.Config:
+    """Sokoban at toy size, its skills by a server; nothing here learns anything."""
+    config = settings.Config(iterations=6, checkpoint_every=3, cache=str(tmp / "cache"))
+    config.environment.name, config.environment.train_tasks = "sokoban", 32
+    config.environment.sokoban.max_steps = 4
+    config.model.width, config.model.layers, config.model.hidden = 16, 1, 32
+    config.model.heads = config.model.kv_heads = 2
+    config.prompt.max_prompt_length, config.prompt.max_skill_length = 64, 400
+    config.rollout.prompts, config.rollout.group_size = 4, 2
+    config.rollout.rows = 8
+    config.optimizer.minibatches, config.optimizer.micro_rows = 1, 16
+    config.imitate.steps, config.imitate.rows = 5, 4
+    config.imitate.episodes = config.imitate.tasks = 30
+    config.evaluate.tasks = config.evaluate.teacher_tasks = 2
+    config.evaluate.every, config.evaluate.greedy = 0, False
+    config.skills.maker = "endpoint"
+    asked = config.skills.endpoint
+    asked.url, asked.model, asked.retries, asked.timeout_s = server.url, "m", 0, 3.0
+    asked.record = str(tmp / "work" / "recording.jsonl")
+    return config
+
+
+@pytest.mark.slow
+def test_a_run_finishes_whatever_its_server_does_and_every_request_is_accounted_for(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    asked: list[list[str]] = []
+    take, ask = summaries.Summaries.take, summaries.Summaries._ask
+
+    def taken(self, *arguments):
+        asked.append([])
+        return take(self, *arguments)
+
+    def heard(self, request, due):
+        asked[-1].append(request.text)
+        ask(self, request, due)
+
+    monkeypatch.setattr(summaries.Summaries, "take", taken)
+    monkeypatch.setattr(summaries.Summaries, "_ask", heard)
+    with serving("cycles") as server:
+        train.run(hostile(server, tmp_path), str(tmp_path / "work"))
+    rows = metrics.read(tmp_path / "work" / "metrics.jsonl")
+    assert len(rows) == 6 and set(server.treated.values()) == set(CYCLE)
+    due: list[str] = []
+    for row, texts in zip(rows, asked, strict=True):
+        ends = collections.Counter(CYCLE[server.treated[text]] for text in due)
+        wanted = {"asked": len(texts), "waiting": len(texts)} | ends
+        found = {name: row["skills"][name] for name in summaries.FIGURES}
+        assert {name: count for name, count in found.items() if count} == wanted
+        assert row["seconds"]["skills"] < 60
+        due = texts
+    files = [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+    assert {"recording.jsonl", "skills.jsonl"} <= {path.name for path in files}
+    for path in files:
+        assert KEY.encode() not in path.read_bytes(), path
+    shown = (tmp_path / "work" / "skills.jsonl").read_text()
+    assert "(key)" in shown and "Ignore previous" in shown
+    assert "<|" not in shown and "</" not in shown and "\\u001b" not in shown
+
+
+def test_a_bank_begins_with_what_can_be_shown_of_the_libraries(tmp_path):
+    path, said = tmp_path / "a.md", []
+    path.write_text("# Family: heat\n## a\nb\n## c\n" + "d " * 200)
+    bank = writing(library=str(path)).open_bank(("pick",), said.append)
+    assert [skill.success_analysis for skill in bank.for_family("heat")] == ["a: b"]
+    assert (
+        "1 of 2 skills are longer than" in said[0] and "for heat, which no" in said[1]
+    )
+    path.write_text("## c\n" + "d " * 200)
+    with pytest.raises(Refused, match="none of the 1 skills"):
+        writing(library=str(path)).open_bank((), said.append)
 
 
 def smoke(name: str, tmp: Path) -> settings.Config:

@@ -350,6 +350,8 @@ def test_some_groups_may_play_and_learn_with_a_skill(finished):
     train.run(config, str(tmp / "hinted"))
     rows = metrics.read(tmp / "hinted" / "metrics.jsonl")
     assert [row["compilations"] for row in rows[2:]] == [0, 0]
+    assert rows[0]["skills"]["hints_missing"] > 0  # the bank starts empty
+    assert all(row["skills"]["hints_dropped"] == 0 for row in rows)
     hinted = [row for row in rows if "success_hinted" in row]
     assert hinted and all(0 < row["skills"]["used"] < 1 for row in hinted)
 
@@ -383,6 +385,25 @@ def test_a_folder_without_a_chat_template_is_refused_before_anything_starts(tmp_
     with pytest.raises(validation.Refused, match="has no chat template"):
         train.run(config, str(tmp_path / "work"))
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_library_that_could_never_be_shown_is_refused(finished, tmp_path, folder):
+    """With a tokenizer at hand before anything starts, else before any iteration."""
+    config = toy(finished[0])
+    (tmp_path / "long.md").write_text("## Look\n" + "everywhere, twice " * 40)
+    config.skills.library = str(tmp_path / "long.md")
+    if folder:
+        words = tokenizer.train(["some text"], [])
+        shape = qwen.ModelConfig(words.vocab_size, 8, 1, 2, 1, 4, 8)
+        huggingface.save(tmp_path, shape, qwen.init(shape, jax.random.key(0)))
+        words.save(tmp_path)
+        config.model = settings.Model(path=str(tmp_path))
+    message = "none of the 1 skills of .*; the shortest needs [0-9]+, all of them fit"
+    with pytest.raises(validation.Refused, match=message):
+        train.run(config, str(tmp_path / "work"))
+    assert (tmp_path / "work").exists() != folder
+    assert not (tmp_path / "work" / "config.json").exists()
 
 
 def test_sad_learns_from_the_expert(finished):

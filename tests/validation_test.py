@@ -1,3 +1,4 @@
+import json
 import os
 import re
 
@@ -117,6 +118,18 @@ def test_a_workdir_is_claimed_once_and_taken_up_again(tmp_path):
     assert validation.claim_workdir(folder, config.Config()) is True
 
 
+@pytest.mark.parametrize("fault", [validation.Refused, KeyboardInterrupt])
+def test_a_new_workdir_is_given_back_by_a_refusal_alone(fault, tmp_path):
+    for folder, known in ((tmp_path / "new", False), (tmp_path / "old", True)):
+        if known:
+            validation.claim_workdir(str(folder), config.Config())
+        with pytest.raises(fault), validation.claimed(str(folder), config.Config()):
+            assert (folder / "config.json").exists()
+            raise fault("no")
+        given_back = fault is validation.Refused and not known
+        assert (folder / "config.json").exists() != given_back
+
+
 def test_a_workdir_of_other_settings_is_refused_with_the_difference(tmp_path):
     validation.claim_workdir(str(tmp_path), config.Config())
     before = (tmp_path / "config.json").read_text()
@@ -126,6 +139,26 @@ def test_a_workdir_of_other_settings_is_refused_with_the_difference(tmp_path):
     with pytest.raises(validation.Refused, match=message):
         validation.claim_workdir(str(tmp_path), other)
     assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_workdir_of_an_earlier_version_has_its_new_settings_at_their_defaults(
+    tmp_path,
+):
+    validation.claim_workdir(str(tmp_path), config.Config())
+    path = tmp_path / "config.json"
+    earlier = json.loads(path.read_text())
+    del earlier["skills"]["maker"], earlier["rollout"]["hinted_groups"]
+    path.write_text(json.dumps(earlier))
+    assert validation.claim_workdir(str(tmp_path), config.Config())
+    with pytest.raises(validation.Refused, match="skills.maker: 'template' there"):
+        validation.claim_workdir(str(tmp_path), changed("skills.maker", "policy"))
+
+
+def test_hinted_groups_do_not_go_with_several_draws():
+    config = changed("rollout.hinted_groups", 2)
+    config.rollout.draws = 2
+    with pytest.raises(validation.Refused, match="rollout.draws=2 keeps some"):
+        validation.validate(config)
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):

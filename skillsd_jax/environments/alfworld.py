@@ -45,6 +45,7 @@ class Alfworld:
             raise ImportError(_MISSING) from error
         self._games = _games(split, chosen)
         self.data = self._games.data
+        self.families = alfworld_games.parse_families(chosen.families)
         self.max_steps = chosen.max_steps
         self._engine = Engine(cache_folder(chosen.cache))
         self._split = split

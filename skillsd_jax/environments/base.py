@@ -49,6 +49,7 @@ class Environment(Protocol):
 
     max_steps: int  # the environment ends the episode itself after that many steps
     data: str  # 'generated' or 'original': said in every result
+    families: Sequence[str]  # kinds that its tasks may be of
 
     def reset(self, seed: int) -> TimeStep:
         """Starts episode `seed`, an index into the split: any int ≥ 0."""

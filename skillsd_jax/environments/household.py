@@ -108,7 +108,7 @@ class Household:
     def __init__(self, split: str = "train", require_think: bool = False, **options):
         split_index(split)  # refuses an unknown split
         self.max_steps = config.Household(**options).max_steps
-        self.data = "generated"
+        self.data, self.families = "generated", FAMILIES
         self._split = split
         self._require_think = require_think
         self._level: Level | None = None

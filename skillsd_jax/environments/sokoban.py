@@ -35,7 +35,7 @@ class Sokoban:
                 f"min_moves={self._options.min_moves} leaves no level that "
                 f"max_steps={self.max_steps} turns could solve; lower min_moves"
             )
-        self.data = "generated"
+        self.data, self.families = "generated", (f"boxes_{self._options.boxes}",)
         self._split = split
         self._require_think = require_think
         self._done = True
@@ -49,9 +49,7 @@ class Sokoban:
         self._board, self._state = levels.draw_level(
             self._split, seed, options.size, options.boxes, difficulty
         )
-        self._task = Task(
-            "sokoban", seed, self._split, f"boxes_{options.boxes}", INSTRUCTION
-        )
+        self._task = Task("sokoban", seed, self._split, self.families[0], INSTRUCTION)
         self._plan: dict[levels.State, str | None] = {}
         self._steps, self._done = 0, False
         return TimeStep(self._render(), admissible=levels.MOVES)

@@ -12,25 +12,12 @@ from skillsd_jax.skills import records
 from skillsd_jax.skills.columns import Columns, Rows
 from skillsd_jax.skills.records import Record
 from skillsd_jax.skills.similarity import Likeness
-from skillsd_jax.skills.skill import Skill, Stats
+from skillsd_jax.skills.skill import Skill, Stats, check_split
 
-TRAINING = "train"  # the split whose tasks may have skills
 SPARE = 64  # rows that went before the rest is renumbered
-_ROOM = {
-    "task": "capacity",
-    "family": "family_capacity",
-    "global": "global_capacity",
-}
+# Whom a skill is for → the setting that bounds its shelf.
+ROOM = {"task": "capacity", "family": "family_capacity", "global": "global_capacity"}
 _NONE = np.zeros(0, np.int64)
-
-
-def check_split(skill: Skill) -> None:
-    """Raises ValueError for a skill of an evaluation task: it would tell the answer."""
-    if skill.task and skill.task.split("/")[1:2] != [TRAINING]:
-        raise ValueError(
-            f"task={skill.task!r} is not one of environment/{TRAINING}/seed: a skill of "
-            "another split must not enter the bank; leave it out"
-        )
 
 
 class Index(Protocol):
@@ -91,6 +78,7 @@ class Bank:
         self._families: dict[str, Rows] = {}  # with the family's tasks
         self._all = Rows()
         self._only: dict[str, set[str]] = {}  # source → ids that no other summarised to
+        self._became: dict[str, str] = {}  # ids of texts that the last absorb replaced
         self._absorbed = self._merged = self._evicted = 0
 
     def __len__(self) -> int:
@@ -112,9 +100,10 @@ class Bank:
     def absorb(self, skills: Iterable[Skill]) -> None:
         """Takes skills in, in order.
 
-        A skill that its shelf already has is merged: the bank remembers the new source
-        and the better reward. A shelf over capacity loses the skill of least value, of
-        equal ones the oldest; that may be the new one.
+        A skill that its shelf already has, or with `similarity` one that says nearly the
+        same, is merged: the text of the better reward stays, of equal ones the older,
+        with the sources, uses and rewards of both. A shelf over capacity loses the skill
+        of least value, of equal ones the oldest; that may be the new one.
 
         Raises:
           ValueError: a skill is of a task that is not for training; none is taken in.
@@ -122,20 +111,16 @@ class Bank:
         skills = list(skills)
         for skill in skills:
             check_split(skill)
+        self._became.clear()
         for skill in skills:
-            held = self._held(skill)
-            if held is None:
-                self._add(Record(skill, (skill.source,)))
-                self._absorbed += 1
-                self._evict(self._shelves[_name(skill)])
-            else:
-                self._merge(held, skill)
-                self._merged += 1
+            self._take(Record(skill, (skill.source,)))
+            self._evict(self._shelves[_name(skill)])
 
     def credit(self, rewards: Iterable[tuple[str, float]], iteration: int = -1) -> None:
         """Counts one use per (skill id, reward in [0, 1] of the row's episode).
 
-        A skill that was evicted since it was shown is passed over.
+        A skill that was evicted since it was shown is passed over; a use of one whose
+        text was replaced in the last `absorb` is the replacement's.
 
         Args:
           rewards: what was shown and what came of it.
@@ -143,6 +128,8 @@ class Bank:
         """
         columns = self.columns
         for id, reward in rewards:
+            while id in self._became:
+                id = self._became[id]
             row = self._row.get(id)
             if row is not None:
                 columns.uses[row] += 1
@@ -215,14 +202,12 @@ class Bank:
         known = ("capacity", "family_capacity", "global_capacity", "similarity")
         bank = cls(**{name: state[name] for name in known if name in state})
         for entry in state["entries"]:
-            fields = dict(entry["skill"])
-            fields["golden_workflow"] = tuple(fields["golden_workflow"])
-            skill = Skill(**fields)
+            steps = tuple(entry["skill"]["golden_workflow"])
+            skill = Skill(**entry["skill"] | {"golden_workflow": steps})
             check_split(skill)
             sources = tuple(entry["sources"])
             bank._add(Record(**{**entry, "skill": skill, "sources": sources}))
-        bank._absorbed = state["absorbed"]
-        bank._merged = state["merged"]
+        bank._absorbed, bank._merged = state["absorbed"], state["merged"]
         bank._evicted = state["evicted"]
         return bank
 
@@ -236,7 +221,8 @@ class Bank:
     def load(cls, path: Path | str, capacity: int, **options) -> "Bank":
         """The skills of a file that `save` wrote, with their uses and rewards.
 
-        A shelf over capacity loses what it would have lost. Counts begin with the file.
+        What is alike is merged, and a shelf over capacity loses what it would have lost.
+        Counts begin with the file.
 
         Args:
           path: of the file.
@@ -246,16 +232,12 @@ class Bank:
         Raises:
           ValueError: there is no such file, or a line is not right; it names the line.
         """
-        bank = cls(capacity, **options)
+        bank, known = cls(capacity, **options), set()
         for where, record in records.parse(path):
-            try:
-                check_split(record.skill)
-            except ValueError as fault:
-                raise ValueError(f"{where}: {fault}") from fault
-            if record.skill.id in bank._row:
+            if record.skill.id in known:
                 raise ValueError(f"{where}: {record.skill.id} was there before")
-            bank._add(record)
-            bank._absorbed += 1
+            known.add(record.skill.id)
+            bank._take(record)
         for shelf in bank._shelves.values():
             while len(shelf.rows) > shelf.capacity:
                 bank._evict(shelf)
@@ -268,6 +250,16 @@ class Bank:
         for i, row in enumerate(rows.tolist()):
             sources = tuple(self._sources[row])
             yield Record(self._skills[row], sources, uses[i], total[i], last[i])
+
+    def _take(self, record: Record) -> None:
+        """Adds a skill, or merges it into one that says the same."""
+        row = self._held(record.skill)
+        if row is None:
+            self._add(record)
+            self._absorbed += 1
+        else:
+            self._merge(row, record)
+            self._merged += 1
 
     def _rows(self, name: tuple[str, str]) -> np.ndarray:
         shelf = self._shelves.get(name)
@@ -289,7 +281,7 @@ class Bank:
         alike = shelf.likeness.nearest(skill.text, self._settings["similarity"])
         return None if alike is None else self._row[alike]
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: Record) -> int:
         skill = record.skill
         row = self.columns.append(
             uses=record.uses,
@@ -303,7 +295,7 @@ class Bank:
         self._row[skill.id] = row
         name = _name(skill)
         if name not in self._shelves:
-            room = self._settings[_ROOM[skill.scope]]
+            room = self._settings[ROOM[skill.scope]]
             self._shelves[name] = _Shelf(room, self._settings["similarity"])
         shelf = self._shelves[name]
         shelf.rows.append(row)
@@ -313,6 +305,7 @@ class Bank:
         if skill.scope != "global":
             self._families.setdefault(skill.family, Rows()).append(row)
         self._own(row)
+        return row
 
     def _own(self, row: int) -> None:
         """Files the skill under its source, while that is the only one.
@@ -333,26 +326,43 @@ class Bank:
             if not ids:
                 self._only.pop(episode, None)
 
-    def _merge(self, row: int, skill: Skill) -> None:
-        if skill.source not in self._sources[row]:
-            self._sources[row].append(skill.source)
-            self._own(row)
-        held = self._skills[row]
-        self._skills[row] = merged = dataclasses.replace(
-            held,
-            born=max(held.born, skill.born),
-            reward=max(held.reward, skill.reward),
-            policy=max(held.policy, skill.policy),
+    def _merge(self, row: int, new: Record) -> None:
+        held, columns = self._skills[row], self.columns
+        sources = list(dict.fromkeys([*self._sources[row], *new.sources]))
+        replaced = new.skill.id != held.id and new.skill.reward > held.reward
+        merged = dataclasses.replace(
+            new.skill if replaced else held,
+            born=max(held.born, new.skill.born),
+            reward=max(held.reward, new.skill.reward),
+            policy=max(held.policy, new.skill.policy),
         )
-        self.columns.born[row], self.columns.reward[row] = merged.born, merged.reward
+        if replaced:
+            # A row of its own: what was derived from the old text goes with the old row.
+            self._became.pop(merged.id, None)
+            self._became[held.id] = merged.id
+            use = columns.uses[row], columns.total[row], columns.last_shown[row]
+            self._remove(row)
+            row = self._add(Record(merged, tuple(sources), *use))
+        elif len(sources) > len(self._sources[row]):
+            self._sources[row] = sources
+            self._own(row)
+        self._skills[row] = merged
+        columns.born[row], columns.reward[row] = merged.born, merged.reward
+        columns.uses[row] += new.uses
+        columns.total[row] += new.total
+        columns.last_shown[row] = max(columns.last_shown[row], new.last_shown)
 
     def _evict(self, shelf: _Shelf) -> None:
         """Drops the least value of a shelf over capacity."""
         if len(shelf.rows) <= shelf.capacity:
             return
         rows = shelf.rows.array
-        row = int(rows[np.argmin(self.columns.value(rows))])
+        self._remove(int(rows[np.argmin(self.columns.value(rows))]))
+        self._evicted += 1
+
+    def _remove(self, row: int) -> None:
         skill, sources = self._skills[row], self._sources[row]
+        shelf = self._shelves[_name(skill)]
         shelf.rows.remove(row)
         if shelf.likeness is not None:
             shelf.likeness.remove(skill.id)
@@ -364,12 +374,11 @@ class Bank:
         del self._row[skill.id]
         self._skills[row] = None
         self.columns.alive[row] = False
-        self._evicted += 1
         if len(self.columns) > 2 * len(self) + SPARE:
             self._compact()
 
     def _compact(self) -> None:
-        """Forgets the rows that went: the cost is that of the evictions since."""
+        """Forgets the rows that went: the cost is that of what went since."""
         kept = self.all_rows().copy()
         new = np.full(len(self.columns), -1)
         new[kept] = np.arange(len(kept))

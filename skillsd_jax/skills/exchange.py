@@ -40,26 +40,24 @@ class Target:
     @classmethod
     def of(cls, url: str) -> "Target":
         """Raises:
-        ValueError: it is no plain http or https address. A user name or password
-          in it is refused too, and not repeated: it would end up in config.json.
+        ValueError: it is no plain http or https address. Begins with 'url' and never
+          repeats it: it may hold a password, or be the key in the wrong place.
         """
+        # Not only where they belong: 'me:password@host' has no scheme to be parsed by.
+        if set("@?#") & set(url):
+            raise ValueError(
+                "url holds a user name, a password, a query or a fragment; give "
+                "http://HOST:PORT/v1, and the key in an environment variable"
+            )
         try:
             parts = urllib.parse.urlsplit(url)
             port = parts.port
             (parts.hostname or "").encode("idna")
         except ValueError:
-            # `from None`: the url may hold a password.
-            raise ValueError(
-                "the url is no address; give http://HOST:PORT/v1"
-            ) from None
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(
-                "the url holds a user name, a password, a query or a fragment; give "
-                "http://HOST:PORT/v1, and the key in an environment variable"
-            )
+            raise ValueError("url is no address; give http://HOST:PORT/v1") from None
         printable = url.isascii() and url.isprintable() and " " not in url
         if parts.scheme not in SCHEMES or not parts.hostname or not printable:
-            raise ValueError(f"url={url!r} must be http://HOST… or https://HOST…")
+            raise ValueError("url must be http://HOST:PORT/v1 or https://HOST/v1")
         port = SCHEMES[parts.scheme] if port is None else port
         secure = parts.scheme == "https"
         return cls(secure, parts.hostname, port, parts.path.rstrip("/"))

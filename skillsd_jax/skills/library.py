@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from skillsd_jax.skills import records
-from skillsd_jax.skills.bank import check_split
 from skillsd_jax.skills.skill import Skill, skill_id
 
 MAX_BYTES = 1 << 26  # of a file
@@ -16,15 +15,25 @@ MAX_STEPS = 100
 REWARD = 0.5  # nobody played an episode: neither proven nor refuted
 NOTHING = "none"  # as the template says of an empty field
 FAMILY = "family:"  # of a Markdown heading
+# Family, as ALFWorld's task types and other libraries call it → as ours do.
+ALIASES = {
+    "pick_and_place": "pick",
+    "pick_and_place_simple": "pick",
+    "look_at_obj_in_light": "look",
+    "examine": "look",
+    "pick_clean_then_place_in_recep": "clean",
+    "pick_heat_then_place_in_recep": "heat",
+    "pick_cool_then_place_in_recep": "cool",
+    "pick_two_obj_and_place": "pick_two",
+}
 # Controls, and surrogates, which no encoding can write.
 _WRONG = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+(.*)")
 
 
-def load_all(setting: str) -> list[Skill]:
-    """The skills of comma-separated paths, in order; none of ''."""
-    paths = [path.strip() for path in setting.split(",")]
-    return [skill for path in paths if path for skill in load(path)]
+def paths(setting: str) -> list[str]:
+    """The comma-separated paths of skills.library, in order; none of ''."""
+    return [path.strip() for path in setting.split(",") if path.strip()]
 
 
 def load(path: Path | str) -> list[Skill]:
@@ -57,6 +66,17 @@ def load(path: Path | str) -> list[Skill]:
             f"no skills in {path}; a library is {_KINDS} with at least one"
         )
     return skills
+
+
+def renamed(skill: Skill, families: Collection[str]) -> Skill:
+    """The skill with the name that these families have for its own, if they have one."""
+    name = ALIASES.get(skill.family, "")
+    if skill.family in families or name not in families:
+        return skill
+    texts = (skill.success_analysis, skill.mistake_analysis, skill.golden_workflow)
+    return dataclasses.replace(
+        skill, id=skill_id(skill.task, *texts, name), family=name
+    )
 
 
 def _file(path: Path) -> Iterator[Skill]:
@@ -160,10 +180,6 @@ def _section(
 def _lines(path: Path) -> Iterator[Skill]:
     for where, record in records.parse(path):
         held = record.skill
-        try:
-            check_split(held)
-        except ValueError as fault:
-            raise ValueError(f"{where}: {fault}") from fault
         if len(held.golden_workflow) > MAX_STEPS:
             raise ValueError(f"{where}: golden_workflow has over {MAX_STEPS} steps")
         texts = (held.success_analysis, held.mistake_analysis, *held.golden_workflow)

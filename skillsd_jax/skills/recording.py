@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import tempfile
 import threading
-from collections import defaultdict, deque
 from pathlib import Path
 
 
@@ -44,25 +44,45 @@ class Recording:
             file.write(line.encode() + b"\n")
 
 
-class Replay:
-    """Answers from a recording. The same request asked again gets the next answer
-    that was recorded for it, and the last one from then on."""
+def read(path: Path | str) -> dict[str, Exchange]:
+    """What was recorded, by hash: a request's first answer, or where it has none its
+    first failure.
 
-    def __init__(self, path: Path | str):
-        """Raises:
-        ValueError: there is no such file, or a line of it other than a last one that
-          was cut short is damaged.
-        """
-        self._recorded: dict[str, deque[Exchange]] = defaultdict(deque)
-        for exchange in _exchanges(Path(path)):
-            self._recorded[exchange.hash].append(exchange)
+    Raises:
+      ValueError: there is no such file, or a line of it other than a last one that
+        was cut short is damaged.
+    """
+    recorded: dict[str, Exchange] = {}
+    for exchange in _exchanges(Path(path)):
+        known = recorded.setdefault(exchange.hash, exchange)
+        if known.failure and not exchange.failure:
+            recorded[exchange.hash] = exchange
+    return recorded
 
-    def next(self, hash: str) -> Exchange | None:
-        """None if the request was never recorded."""
-        recorded = self._recorded.get(hash)
-        if not recorded:
-            return None
-        return recorded.popleft() if len(recorded) > 1 else recorded[0]
+
+def check(path: Path | str) -> None:
+    """Refuses a file that could not be recorded to; makes none and no folder.
+
+    Raises:
+      ValueError: it cannot be written, or a line of it is damaged.
+    """
+    path = Path(path)
+    try:
+        if path.exists():
+            if not path.is_file():  # opening a pipe would wait for its reader
+                raise ValueError(f"{path} is no file; name another one")
+            with open(path, "ab"):
+                pass
+            read(path)
+            return
+        there = next(folder for folder in path.parents if folder.exists())
+        # Asked of the system by trying: the file has no name and is gone at once.
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {error.strerror}; name another file"
+        ) from error
 
 
 def _whole(file) -> int:
@@ -81,7 +101,10 @@ def _whole(file) -> int:
 def _exchanges(path: Path) -> list[Exchange]:
     if not path.is_file():
         raise ValueError(f"there is no recording {path}; record one first")
-    *whole, rest = path.read_bytes().split(b"\n")
+    try:
+        *whole, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     exchanges = []
     for number, line in enumerate(whole, 1):
         exchange = _exchange(line)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from skillsd_jax.skills.skill import Skill
+from skillsd_jax.skills.skill import Skill, check_split
 
 FIELDS = {field.name: field for field in dataclasses.fields(Skill)}
 OPTIONAL = {"policy", "maker"}  # files of earlier runs are without
@@ -58,7 +58,8 @@ def parse(path: Path | str) -> Iterator[tuple[str, Record]]:
     """The records of a file, each with where it stands.
 
     Raises:
-      ValueError: there is no such file, or a line is no record; it names the line.
+      ValueError: there is no such file, or a line is no record or of a task that is not
+        for training; it names the line.
     """
     text = read(path)
     # Not splitlines: a text may hold other line ends than that of a file.
@@ -69,7 +70,12 @@ def parse(path: Path | str) -> Iterator[tuple[str, Record]]:
                 values = json.loads(words)
             except (ValueError, RecursionError) as fault:
                 raise ValueError(f"{where} is no JSON: {fault}") from fault
-            yield where, _record(values, where)
+            record = _record(values, where)
+            try:
+                check_split(record.skill)
+            except ValueError as fault:
+                raise ValueError(f"{where}: {fault}") from fault
+            yield where, record
 
 
 def _record(values, where: str) -> Record:

@@ -1,8 +1,8 @@
 """Which skills of the bank are shown for an episode.
 
 `skills.retrieval` is a mixture: parts joined by '+', each `shelf:rule` or a rule alone,
-which looks at the nearest shelf. 'ucb' is one skill of the task's; 'global:random+ucb'
-shows one for every task before it.
+which looks at the nearest shelf that has something for the row. 'ucb' is one skill of
+the task's; 'global:random+ucb' shows one for every task before it.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ def retrieve(
       task: the row's task.
       source: id of the row's own episode. A skill that only this episode summarised
         to is not shown to it unless `config.allow_own`: it would tell the teacher
-        what the row itself did next. One that a sibling wrote as well is the sibling's.
+        what the row itself did next, so for this row it might as well not be there.
+        One that a sibling wrote as well, or nearly so, is the sibling's.
       rng: source of every random choice.
       config: which rules, and their constants.
 
@@ -48,13 +49,14 @@ def retrieve(
     """
     shown: dict[int, None] = {}
     query = Query(task, rng, config)
+    own = () if config.allow_own else bank.only_rows(source)
     for shelf, rule in _parts(config.retrieval):
-        rows = SHELVES[shelf](bank, task)
-        own = () if config.allow_own else bank.only_rows(source)
-        allowed = _without(rows, own) if len(own) else rows
-        if len(allowed):
-            chosen = RETRIEVAL[rule](Pool(bank, allowed, rows), query)
-            shown |= dict.fromkeys(allowed[np.asarray(chosen, int)].tolist())
+        for rows in SHELVES[shelf](bank, task):
+            allowed = _without(rows, own) if len(own) else rows
+            if len(allowed):
+                chosen = RETRIEVAL[rule](Pool(bank, allowed, rows), query)
+                shown |= dict.fromkeys(allowed[np.asarray(chosen, int)].tolist())
+                break
     return bank.skills(shown)
 
 
@@ -191,21 +193,18 @@ RETRIEVAL: dict[str, Callable[[Pool, Query], Sequence[int]]] = {
 }
 
 
-def _nearest(bank: Bank, task: Task) -> np.ndarray:
-    """The first that holds anything: the task's, its family's, those for all."""
-    for rows in (bank.task_rows(task.key), bank.family_rows(task.family)):
-        if len(rows):
-            return rows
-    return bank.global_rows()
-
-
-# Name → rows of the bank, oldest first.
-SHELVES: dict[str, Callable[[Bank, Task], np.ndarray]] = {
-    NEAREST: _nearest,
-    "task": lambda bank, task: bank.task_rows(task.key),
-    "family": lambda bank, task: bank.family_rows(task.family),
-    "global": lambda bank, task: bank.global_rows(),
-    "bank": lambda bank, task: bank.all_rows(),
+# Name → where it looks: rows of the bank, oldest first; the first that have a skill the
+# row may see are taken.
+SHELVES: dict[str, Callable[[Bank, Task], Sequence[np.ndarray]]] = {
+    NEAREST: lambda bank, task: (
+        bank.task_rows(task.key),
+        bank.family_rows(task.family),
+        bank.global_rows(),
+    ),
+    "task": lambda bank, task: (bank.task_rows(task.key),),
+    "family": lambda bank, task: (bank.family_rows(task.family),),
+    "global": lambda bank, task: (bank.global_rows(),),
+    "bank": lambda bank, task: (bank.all_rows(),),
 }
 SHORT = {"family": "family:ucb"}
 

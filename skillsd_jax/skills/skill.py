@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from skillsd_jax import artifacts
 
+TRAINING = "train"  # the split whose tasks may have skills
+
 
 @dataclasses.dataclass(frozen=True)
 class Skill:
@@ -56,6 +58,15 @@ def skill_id(
     """The same in every process and run; a task's does not depend on its family."""
     scope = (task,) if task or not family else (task, family)
     return artifacts.content_hash(*scope, success, mistake, tuple(workflow))
+
+
+def check_split(skill: Skill) -> None:
+    """Raises ValueError for a skill of an evaluation task: it would tell the answer."""
+    if skill.task and skill.task.split("/")[1:2] != [TRAINING]:
+        raise ValueError(
+            f"task={skill.task!r} is not one of environment/{TRAINING}/seed: a skill of "
+            "another split must not enter the bank; leave it out"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

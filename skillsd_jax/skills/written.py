@@ -118,11 +118,19 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Writing:
-    """Who writes, how much it is told and how much it may say."""
+    """Who writes, how much it is told and how much it may say.
+
+    Args:
+      maker: see Skill.
+      room: of an answer.
+      limits: of a request.
+      scrub: takes out of a field what no file may hold.
+    """
 
     maker: str
     room: Room
     limits: Limits = Limits()
+    scrub: Callable[[str], str] = str
 
 
 def read(
@@ -145,7 +153,7 @@ def read(
             outcomes["failed"] += 1
             continue
         try:
-            fields = parse(answer, writing.room)
+            fields = parse(answer, writing.room, writing.scrub)
         except Unreadable as unreadable:
             outcomes[unreadable.reason] += 1
             continue
@@ -177,7 +185,7 @@ def request(trajectories: Sequence[Trajectory], limits: Limits = Limits()) -> st
     return _assemble(told, [instruction, *shown], fence, limits, further)
 
 
-def parse(text: str, room: Room) -> Fields:
+def parse(text: str, room: Room, scrub: Callable[[str], str] = str) -> Fields:
     """The fields of an answer: a JSON object, alone or with anything around it.
 
     Of several objects the first that has the three fields; what else it has is passed
@@ -189,6 +197,7 @@ def parse(text: str, room: Room) -> Fields:
     Args:
       text: whatever the model said.
       room: what it may take.
+      scrub: applied to every field and step as it is kept.
 
     Raises:
       Unreadable: there is no skill in it.
@@ -200,7 +209,7 @@ def parse(text: str, room: Room) -> Fields:
         raise Unreadable("empty")
     fields, reason = None, "not_json"
     for found in untrusted.objects(text):
-        fields, reason = _fields(found), "wrong_shape"
+        fields, reason = _fields(found, scrub), "wrong_shape"
         if fields is not None:
             break
     if fields is None:
@@ -233,7 +242,7 @@ def _skill(asked: Request, fields: Fields, maker: str, born: int) -> Skill:
     )
 
 
-def _fields(found: dict) -> Fields | None:
+def _fields(found: dict, scrub: Callable[[str], str]) -> Fields | None:
     """The three fields of an object; None if one is missing or of another type."""
     success, mistake = found.get("success_analysis"), found.get("mistake_analysis")
     steps = found.get("golden_workflow")
@@ -243,8 +252,9 @@ def _fields(found: dict) -> Fields | None:
     if not isinstance(steps, list) or not all(isinstance(s, str) for s in steps):
         return None
     parts = [untrusted.line(p) for step in steps for p in re.split(r"[;\n]", step)]
-    workflow = tuple(bare for part in parts if (bare := _unnumbered(part)))
-    return Fields(untrusted.line(success), untrusted.line(mistake), workflow)
+    workflow = tuple(scrub(bare) for part in parts if (bare := _unnumbered(part)))
+    success, mistake = untrusted.line(success), untrusted.line(mistake)
+    return Fields(scrub(success), scrub(mistake), workflow)
 
 
 def _unnumbered(step: str) -> str:

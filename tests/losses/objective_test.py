@@ -137,6 +137,50 @@ def test_rows_without_a_skill_are_not_distilled(name, signals):
     assert terms["distillation"][signals.mask > 0].all()
 
 
+DISTILLING = [
+    (name, estimator)
+    for name in NAMES
+    for term in objective.recipe(name).terms
+    if isinstance(term, terms.Distil)
+    for estimator in (terms.ESTIMATORS if term.open else ("",))
+]
+
+
+@pytest.mark.parametrize("name, estimator", DISTILLING)
+def test_a_row_without_a_skill_adds_exactly_nothing_to_what_is_distilled(
+    name, estimator, signals
+):
+    """Neither to the value nor to any gradient, whatever the teacher's view says."""
+    recipe = objective.recipe(name)
+    if name == "sad":  # its teacher reads the plain view: no row is without
+        assert recipe.shown == "plain"
+        signals = dataclasses.replace(signals, skilled=np.ones(B, np.float32))
+    chosen = settings(name, estimator=estimator)
+    bare = signals.skilled == 0
+
+    def distilled(student, divergence, entropy, teacher=signals.teacher):
+        changed = dataclasses.replace(
+            signals,
+            student=student,
+            divergence=divergence,
+            entropy=entropy,
+            teacher=teacher,
+        )
+        return recipe.loss(changed, chosen).terms["distillation"]
+
+    moved = signals.student, signals.divergence, signals.entropy
+    value = np.asarray(distilled(*moved))
+    assert not value[bare].any() and value[~bare].any()
+    other = np.where(bare[:, None], -50.0, signals.teacher).astype(np.float32)
+    for teacher in (signals.teacher, other):
+        slopes = jax.grad(
+            lambda *xs, read=teacher: distilled(*xs, read).sum(), (0, 1, 2)
+        )(*moved)
+        assert all(not np.asarray(slope)[bare].any() for slope in slopes)
+        assert any(np.asarray(slope)[~bare].any() for slope in slopes)
+        np.testing.assert_array_equal(distilled(*moved, teacher), value)
+
+
 @pytest.mark.parametrize("bad", [-np.inf, np.inf, np.nan, -7.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_stands_outside_the_mask_reaches_nothing(name, bad, signals):
@@ -562,6 +606,21 @@ def test_credits_count_on_skilled_rows_alone():
         shaped = objective.recipe(name).advantage(played, settings(name))
         np.testing.assert_allclose(shaped[0], wanted, rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(shaped[1], plain[1], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_credit_depends_on_a_teacher_of_rows_without_a_skill(name):
+    rng = np.random.default_rng(0)
+    skilled = np.array([1, 0, 1, 0], np.float32)
+    teacher = rng.normal(size=(4, 3)).astype(np.float32)
+    found = []
+    for bare in (0.0, 5.0, -50.0):
+        read = np.where(skilled[:, None] > 0, teacher, np.float32(bare))
+        more = {"teacher": read, "skilled": skilled, "step": np.int32(2)}
+        played = episodes([1, 0, 1, 0], [0] * 4, [0, 1, 2, 3], 3, **more)
+        found.append(objective.recipe(name).advantage(played, settings(name)))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
 
 
 def test_agent_opsd_weighs_turns_by_how_they_move_the_belief():

@@ -8,14 +8,16 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from skillsd_jax.skills import endpoint as module
-from skillsd_jax.skills import exchange, written
-from skillsd_jax.skills.endpoint import FAILURES, Endpoint, Writer
-from skillsd_jax.skills.recording import Exchange, Recording, Replay
+from skillsd_jax.skills import endpoint, exchange, recording, replies, written
+from skillsd_jax.skills.asking import Endpoint
+from skillsd_jax.skills.endpoint import Writer
+from skillsd_jax.skills.recording import Exchange, Recording
+from skillsd_jax.skills.replies import FAILURES
 from skillsd_jax.skills.summarizer import Group
 from skillsd_jax.skills.written import Room, Unreadable
 from skillsd_jax.trajectory import Task, Trajectory, Turn
@@ -226,16 +228,16 @@ def test_what_will_not_go_better_is_not_tried_again(behaviour, tries):
 )
 def test_which_statuses_are_tried_again(status, again):
     with pytest.raises(exchange.Failed) as caught:
-        module._content(exchange.Reply(status))
-    assert isinstance(caught.value, module._Again) == again
+        replies.content(exchange.Reply(status))
+    assert isinstance(caught.value, replies.Again) == again
 
 
 def test_pauses_double_are_bounded_and_the_same_in_every_run():
     patient = settings("http://h/v1", backoff_s=1.0, max_wait_s=20.0)
-    again = module._Again("status")
+    again = replies.Again("status")
 
     def pauses(hash):
-        return [module._pause_s(patient, hash, n, again) for n in (0, 1, 2, 3, 9, 5000)]
+        return [replies.pause_s(patient, hash, n, again) for n in (0, 1, 2, 3, 9, 5000)]
 
     for n, pause in enumerate(pauses("a")[:4]):
         assert 2**n / 2 <= pause <= 2**n
@@ -250,8 +252,8 @@ def test_pauses_double_are_bounded_and_the_same_in_every_run():
 )
 def test_a_server_may_ask_for_a_longer_pause(header, expected):
     patient = settings("http://h/v1", backoff_s=0.0, max_wait_s=20.0)
-    again = module._Again("status", exchange.seconds(header))
-    assert module._pause_s(patient, "a", 0, again) == expected
+    again = replies.Again("status", exchange.seconds(header))
+    assert replies.pause_s(patient, "a", 0, again) == expected
 
 
 def test_a_redirect_gets_nothing():
@@ -308,6 +310,49 @@ def test_a_failure_quotes_nothing_of_the_exchange():
     assert str(caught.value) == "network"
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        KEY,
+        KEY.replace("s", "\\u0073"),
+        KEY.replace("k", "\\u006B").replace("v", "\\u0076"),
+        "".join(f"\\u{ord(c):04x}" for c in KEY),
+        json.dumps(json.dumps("".join(f"\\u{ord(c):04x}" for c in KEY)))[1:-1],
+        f"\\{KEY}",
+    ],
+)
+def test_the_key_does_not_come_back_however_json_spells_it(spelled):
+    scrub = settings("http://h/v1").scrub
+    assert (
+        scrub(f"[{spelled}] and {spelled}.").replace('\\"', "") == "[(key)] and (key)."
+    )
+
+
+def test_a_short_key_is_none_and_nothing_else_is_touched(monkeypatch):
+    scrub = settings("http://h/v1").scrub
+    assert scrub(text := skill() + KEY[:-1] + "\\u0073\\\\") == text
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    assert scrub("EMPTY") == "EMPTY"
+
+
+@pytest.mark.parametrize("noise", ["\\", "\\u005c", "\\u005", "s\\", "a"])
+@pytest.mark.parametrize("secret", [KEY, "\\" * 40])
+def test_hostile_text_is_scrubbed_in_linear_time(noise, secret, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+    begun = time.process_time()
+    settings("http://h/v1").scrub(noise * (1_000_000 // len(noise)))
+    assert time.process_time() - begun < 15
+
+
+def test_a_field_that_becomes_the_key_is_scrubbed():
+    hidden = "\\u200b".join(KEY)
+    answer = skill(success_analysis="§", mistake_analysis="§", golden_workflow=["- §"])
+    answer = answer.replace("\\u00a7", hidden)
+    fields = written.parse(answer, WORDS, settings("http://h/v1").scrub)
+    assert fields == written.Fields("(key)", "(key)", ("(key)",))
+    assert written.parse(answer, WORDS).success_analysis == KEY
+
+
 @pytest.mark.parametrize("value", ["two words", "line\nend", "schlüssel", "a\x7f"])
 def test_a_key_that_cannot_be_sent_is_refused_and_not_repeated(value, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", value)
@@ -319,17 +364,22 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_repeated(value, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": "ftp://h/v1"}, "url='ftp://h/v1' must be http://HOST"),
+        ({"url": "ftp://h/v1"}, "url must be http://HOST"),
         ({"url": "file:///etc/passwd"}, "must be http://HOST"),
         ({"url": "localhost:8000"}, "must be http://HOST"),
         ({"url": "http://"}, "must be http://HOST"),
         ({"url": ""}, "must be http://HOST"),
         ({"url": "http://h/a b"}, "must be http://HOST"),
-        ({"url": "http://h:port"}, "the url is no address"),
-        ({"url": "http://h:99999"}, "the url is no address"),
-        ({"url": f"http://{'h' * 70}"}, "the url is no address"),
-        ({"url": f"http://me:{KEY}@h/v1"}, "the url holds a user name"),
-        ({"url": f"http://h/v1?key={KEY}"}, "the url holds .* a query"),
+        ({"url": "http://h:port"}, "url is no address"),
+        ({"url": "http://h:99999"}, "url is no address"),
+        ({"url": f"http://{'h' * 70}"}, "url is no address"),
+        ({"url": f"http://me:{KEY}@h/v1"}, "url holds a user name"),
+        ({"url": f"me:{KEY}@h/v1"}, "url holds a user name"),
+        ({"url": f"http:/me:{KEY}@h/v1"}, "url holds a user name"),
+        ({"url": f"http://me:{KEY}%40h/v1"}, "url is no address"),
+        ({"url": f"http://h/v1?key={KEY}"}, "url holds .* a query"),
+        ({"url": f"h/v1?token={KEY}"}, "url holds .* a query"),
+        ({"url": KEY}, "url must be http://HOST"),
         ({"model": ""}, "model is not set"),
         ({"timeout_s": 0.0}, "timeout_s=0.0 must be more than 0"),
         ({"timeout_s": float("nan")}, "timeout_s=nan must be"),
@@ -351,18 +401,83 @@ def test_settings_that_cannot_be_are_refused(options, message):
 def test_a_recording_is_replayed_without_a_network(tmp_path):
     path = tmp_path / "new" / "recording.jsonl"
     with serving("counts") as server:
-        first = ask(server, ["a", "b", "a"], concurrency=1, record=str(path))
-        again = ask(server, ["a"], record=str(path))
-    assert first[0] == ["answer 1", "answer 2", "answer 3"]
-    assert again[0] == ["answer 4"]
-    assert [line["request"] for line in lines(path)] == ["a", "b", "a", "a"]
+        first = ask(server, "ab", concurrency=1, record=str(path))
+    assert first[0] == ["answer 1", "answer 2"]
+    assert [line["request"] for line in lines(path)] == ["a", "b"]
     before = path.read_bytes()
     answers, counts = ask("http://127.0.0.1:1/v1", "abaac", replay=str(path))
-    assert answers == ["answer 1", "answer 2", "answer 3", "answer 4", None]
+    assert answers == ["answer 1", "answer 2", "answer 1", "answer 1", None]
     assert counts == {"asked": 5, "answered": 4, "not_recorded": 1}
-    answers, _ = ask("http://127.0.0.1:1/v1", "aaaaab", replay=str(path))
-    assert answers[2:] == ["answer 4"] * 3 + ["answer 2"]  # the last one stays
     assert path.read_bytes() == before
+
+
+def test_what_a_recording_answers_is_not_sent_again(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    with serving("counts") as server:
+        ask(server, "ab", concurrency=1, record=str(path))
+        path.write_bytes(path.read_bytes()[:-30])  # killed within the line of b
+        answers, counts = ask(server, "abc", concurrency=1, record=str(path))
+    assert answers == ["answer 1", "answer 3", "answer 4"]
+    assert counts == {"asked": 3, "answered": 3}
+    assert [line["request"] for line in lines(path)] == ["a", "b", "c"]
+
+
+def test_twins_are_sent_once_and_have_one_answer():
+    with (
+        serving("gated") as server,
+        Writer(settings(server, concurrency=3)) as writer,
+    ):
+        handles = [writer.submit(["a", "b", "a"]), writer.submit(["b"])]
+        while server.at_once < 2:
+            time.sleep(0.005)
+        handles.append(writer.submit("ba"))
+        server.gate.set()
+        answers = [handle.result(PATIENCE_S) for handle in handles]
+        later = writer.write("ab")
+        assert writer.counts == {"asked": 8, "answered": 8}
+    a, b = "re: a", "re: b"
+    assert answers == [[a, b, a], [b], [b, a]] and later == [a, b]
+    assert len(server.asked) == 2
+
+
+def test_twins_of_a_failure_all_have_it_and_it_is_tried_when_asked_again(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    with (
+        serving("fails_then_works", times=1) as server,
+        Writer(settings(server, record=str(path))) as writer,
+    ):
+        assert writer.write("aaa") == [None] * 3
+        assert writer.counts == {"asked": 3, "status": 3}
+        assert writer.write("a") == [skill()]
+        server.times = 3
+        assert writer.write("b") == [None]
+        assert ask(server, "b", record=str(path))[0] == [skill()]
+    assert len(server.asked) == 4
+    assert [line["failure"] for line in lines(path)] == ["status", "", "status", ""]
+    assert ask("http://h/v1", "aa", replay=str(path))[0] == [skill()] * 2
+
+
+def test_an_answer_is_recorded_before_it_is_handed_out(tmp_path, monkeypatch):
+    path, held = tmp_path / "recording.jsonl", threading.Event()
+    append = Recording.append
+
+    def slowly(self, done):
+        held.wait(PATIENCE_S)
+        append(self, done)
+
+    monkeypatch.setattr(Recording, "append", slowly)
+    with (
+        serving("good") as server,
+        Writer(settings(server, record=str(path))) as writer,
+    ):
+        handle = writer.submit(["a"])
+        while not server.asked:
+            time.sleep(0.005)
+        with pytest.raises(TimeoutError):
+            handle.result(0.05)
+        held.set()
+        handle.result(PATIENCE_S)
+        assert len(lines(path)) == 1
 
 
 def test_what_an_answer_depends_on_is_part_of_what_is_recorded(tmp_path):
@@ -384,19 +499,26 @@ def test_failures_are_recorded_and_replayed(tmp_path):
     assert (answers, counts) == ([None], {"asked": 1, "not_json": 1})
 
 
-def test_equal_requests_are_recorded_in_the_order_their_answers_came_back(tmp_path):
+def test_a_request_has_its_first_answer_and_a_failure_only_for_want_of_one(tmp_path):
     path = tmp_path / "recording.jsonl"
-    requests = ["a", "b", "a", "c", "a", "b"]
-    with serving("echoes") as server:
-        answers, _ = ask(server, requests, concurrency=6, record=str(path))
-    assert [line["request"] for line in lines(path)] == requests
-    assert [line["answer"] for line in lines(path)] == answers
+    file = Recording(path)
+    for hash, answer in [("a", "1"), ("a", None), ("a", "2"), ("b", None), ("c", None)]:
+        file.append(Exchange(hash, "r", answer, "" if answer else f"f{hash}"))
+    file.append(Exchange("c", "r", None, "later"))
+    file.append(Exchange("b", "r", "3"))
+    found = recording.read(path)
+    assert {hash: done.answer for hash, done in found.items()} == {
+        "a": "1",
+        "b": "3",
+        "c": None,
+    }
+    assert found["c"].failure == "fc"
 
 
 def exchanges(path, count=3):
-    recording = Recording(path)
+    file = Recording(path)
     for n in range(count):
-        recording.append(Exchange(f"h{n}", "é\u2028\ud800", f"answer {n}"))
+        file.append(Exchange(f"h{n}", "é\u2028\ud800", f"answer {n}"))
 
 
 def test_the_rest_of_a_crash_is_passed_over_and_written_over(tmp_path):
@@ -405,13 +527,13 @@ def test_the_rest_of_a_crash_is_passed_over_and_written_over(tmp_path):
     whole = path.read_bytes()
     for cut in (1, 20, len(whole) // 3 - 1):
         path.write_bytes(whole[:-cut])
-        replay = Replay(path)
-        assert replay.next("h1").answer == "answer 1"
-        assert (replay.next("h2") is None) == (cut > 1)
+        found = recording.read(path)
+        assert found["h1"].answer == "answer 1"
+        assert ("h2" not in found) == (cut > 1)
     Recording(path).append(Exchange("h9", "r", None, "timeout"))
     assert [line["hash"] for line in lines(path)] == ["h0", "h1", "h9"]
     path.write_bytes(whole[:-1] + b"\x00garbage\n")
-    assert Replay(path).next("h2") is None
+    assert "h2" not in recording.read(path)
 
 
 def test_a_long_rest_of_a_crash_is_found_and_cut(tmp_path):
@@ -442,6 +564,39 @@ def test_a_damaged_line_is_named(line, where, tmp_path):
     path.write_bytes(b"".join([*whole[:where], line + b"\n", *whole[where:]]))
     with pytest.raises(ValueError, match=f"jsonl line {where + 1} is damaged"):
         Writer(settings("http://h/v1", replay=str(path)))
+
+
+def test_what_a_writer_needs_is_checked_without_a_trace(tmp_path, monkeypatch):
+    def fault(**options):
+        with pytest.raises(ValueError) as caught:
+            endpoint.check(settings("http://h/v1", **options))
+        assert KEY not in str(caught.value)
+        return str(caught.value)
+
+    exchanges(good := tmp_path / "good.jsonl")
+    (bad := tmp_path / "bad.jsonl").write_text("{}\n{}\n")
+    before, running = sorted(tmp_path.iterdir()), threading.active_count()
+    for options in (
+        {},
+        {"replay": str(good)},
+        {"record": str(good)},
+        {"record": str(tmp_path / "new" / "deep" / "file")},
+    ):
+        endpoint.check(settings("http://h/v1", **options))
+    assert "replay: there is no recording" in fault(replay=str(tmp_path / "none"))
+    assert fault(replay=str(bad)).startswith(f"replay: {bad} line 1 is damaged")
+    assert fault(record=str(bad)).startswith(f"record: {bad} line 1 is damaged")
+    assert "cannot be written: Not a directory" in fault(record=str(good / "file"))
+    assert fault(record=str(tmp_path)).startswith(f"record: {tmp_path} is no file")
+    assert "record: /proc/none cannot be written" in fault(record="/proc/none")
+    os.mkfifo(pipe := tmp_path / "pipe")
+    assert "is no file" in fault(record=str(pipe))
+    pipe.unlink()
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY} x")
+    assert fault().startswith("key_variable: OPENAI_API_KEY holds spaces")
+    endpoint.check(settings("http://h/v1", replay=str(good)))
+    assert sorted(tmp_path.iterdir()) == before
+    assert threading.active_count() == running
 
 
 def test_a_recording_that_is_missing_is_named(tmp_path):
@@ -479,7 +634,7 @@ def test_close_ends_what_is_under_way_and_what_waits(tmp_path):
     with serving("slow") as server:
         options = {"timeout_s": 60.0, "retries": 3, "concurrency": 2}
         writer = Writer(settings(server, record=str(path), **options))
-        handle = writer.submit(["a"] * 5)
+        handle = writer.submit("abcda")
         while len(server.asked) < 2:
             time.sleep(0.005)
         begun = time.monotonic()
@@ -512,7 +667,7 @@ def test_a_mistake_of_ours_ends_the_wait(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(module, "_content", broken)
+    monkeypatch.setattr(replies, "content", broken)
     with serving("good") as server, Writer(settings(server)) as writer:
         assert writer.submit(["a"] * 9).result(PATIENCE_S) == [None] * 9
         with pytest.raises(ValueError, match="the writer is closed"):
@@ -537,13 +692,15 @@ def test_a_writer_that_is_never_closed_lets_the_process_end():
 
 def test_a_writer_makes_skills():
     writing = written.Writing("endpoint", WORDS)
-    groups = [Group([episode(n)], [f"1/{n}"]) for n in range(4)]
+    groups = [Group([episode(n)], [f"1/{n}"]) for n in range(3)]
+    groups.append(Group([episode(3), episode(3)], ["1/3", "1/4"]))
     requests = [written.Request.of(group, writing.limits) for group in groups]
     with (
         serving("fails_then_works", times=1) as server,
         Writer(settings(server, concurrency=2)) as writer,
     ):
-        answers = writer.write([request.text for request in requests])
+        answers = writer.write([request.text for request in requests[3:]])
+        answers = writer.write([request.text for request in requests[:3]]) + answers
     made, outcomes = written.read(requests, answers, writing, born=1)
     assert len(made) == 3 and outcomes == {"made": 3, "failed": 1}
     assert {one.maker for one in made} == {"endpoint"}

@@ -157,8 +157,8 @@ def test_a_folder_is_read_by_name_and_a_setting_names_several(write, tmp_path):
     write("notes.txt", "no library")
     both = library.load(first) + library.load(second)
     assert library.load(tmp_path) == both
-    assert library.load_all(f"{first}, {second}") == both
-    assert library.load_all("") == []
+    assert library.paths(f"{first}, {second},") == [str(first), str(second)]
+    assert library.paths("") == []
 
 
 def test_texts_are_single_lines_without_control_characters(write):
