@@ -27,6 +27,7 @@ from skillsd_jax import (
     practice,
     preflight,
     rollout,
+    sharding,
     summaries,
     timing,
     tokens,
@@ -57,7 +58,7 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     validation.claim_workdir(workdir, config)
     compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(compiled))
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, sharding.over(config.mesh):
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
 
@@ -311,8 +312,7 @@ class Run:
     def _teacher(self, when: str) -> dict[str, Any]:
         """Figures of the teacher's panel; another model's weights are not played with."""
         student, teacher = self.state.weights, self.state.teacher
-        external = self.teacher_record["kind"] == "external"
-        shared = teacher is None or external
+        shared = teacher is None or self.teacher_record["kind"] == "external"
         weights = student if shared else self.state.whole(teacher)
         return self.panels.teacher(student, weights, when)
 
