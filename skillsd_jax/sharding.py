@@ -152,6 +152,8 @@ def shardings(tree: PyTree) -> PyTree | None:
 
 def put(tree: PyTree) -> PyTree:
     """Weights from the host or from any devices to where RULES lay them."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return laid(tree)
     where = shardings(tree)
     return tree if where is None else jax.tree.map(_put, tree, where)
 
@@ -162,8 +164,14 @@ def put_rows(tree: PyTree, axis: int = 0) -> PyTree:
     Raises:
       ValueError: they cannot be split evenly.
     """
+    where = row_shardings(tree, axis)
+    return tree if where is None else jax.tree.map(_put, tree, where)
+
+
+def row_shardings(tree: PyTree, axis: int = 0) -> PyTree | None:
+    """Of arrays, or of their shapes, whose dimension `axis` is split; see put_rows."""
     if not sizes():
-        return tree
+        return None
 
     def one(x):
         if x.shape[axis] % ways():
@@ -171,7 +179,7 @@ def put_rows(tree: PyTree, axis: int = 0) -> PyTree:
                 f"{x.shape[axis]} rows cannot be split over mesh.data × mesh.fsdp = "
                 f"{ways()} devices evenly; make them a multiple of it"
             )
-        return _put(x, _sharding(PartitionSpec(*[None] * axis, ROWS)))
+        return _sharding(PartitionSpec(*[None] * axis, ROWS))
 
     return jax.tree.map(one, tree)
 
