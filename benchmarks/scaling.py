@@ -1,7 +1,7 @@
 """What one update takes on meshes that are not there: memory and collectives.
 
   python benchmarks/scaling.py [--platform=tpu] [--topology=v5p:4x4x1,v5p:8x8x1]
-      [--models=qwen3-4b,qwen2.5-7b] [--tp=1,4] [--overrides]
+      [--models=qwen3-4b,qwen2.5-7b] [--tp=1,4]
 
 The published ALFWorld setting's update (skill_sd, live teacher, a reference for the KL
 term, bfloat16 matmuls, 2,048 + 512 tokens and a skill of 1,024) is compiled ahead of
@@ -23,6 +23,7 @@ import math
 import os
 import re
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -39,6 +40,7 @@ MODELS = flags.DEFINE_list("models", ["qwen3-4b", "qwen2.5-7b"], "published shap
 TP = flags.DEFINE_list("tp", ["1", "4"], "parts of the heads; fsdp takes the rest")
 ATTENTION = flags.DEFINE_string("attention", "", "'': splash on a TPU, else plain")
 MEMORY = flags.DEFINE_float("memory", 95.0, "GiB of a device")
+PROGRAM = flags.DEFINE_string("program", "", "file that takes the last program's text")
 GIB = 2.0**30
 TURNS = 50
 COLLECTIVES = (
@@ -91,10 +93,13 @@ def abstract(tree, where):
 
 def held(tree) -> float:
     """GiB that one device holds of it."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    ) / GIB
+    return (
+        sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+        / GIB
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +144,7 @@ class Program:
             if kind in found:
                 found[kind][0] += times
                 found[kind][1] += times * _gib(made[1])
-            inner = times
-            if made[2] == "while":
-                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                inner *= int(known[1]) if known else self.loops
+            inner = times * (self._rounds(line) if made[2] == "while" else 1)
             called = re.findall(
                 r"(?:body|calls|to_apply|true_computation|false_computation|"
                 r"branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)",
@@ -151,6 +153,17 @@ class Program:
             for names in called:
                 for other in re.findall(r"%([\w.\-]+)", names):
                     self._walk(other, inner, found)
+
+    def _rounds(self, line: str) -> int:
+        """How often a loop runs: as is known, or as its condition compares with."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        if known:
+            return int(known[1])
+        condition = re.search(r"condition=%([\w.\-]+)", line)
+        bounds = re.findall(
+            r" s32\[\]\S* constant\((\d+)\)", "\n".join(self.parts[condition[1]])
+        )
+        return int(bounds[0]) if len(bounds) == 1 else self.loops
 
 
 def _gib(shape: str) -> float:
@@ -176,16 +189,17 @@ def measure(model: str, topology: str, tp: int) -> dict:
     began = time.perf_counter()
     with jax.set_mesh(sharding.make(config.mesh, chips)):
         made = learner.Learner(shape, config, updates=config.iterations)
-        start = jax.eval_shape(
-            lambda: made.init(qwen.init(shape, jax.random.key(0)))
-        )
+        start = jax.eval_shape(lambda: made.init(qwen.init(shape, jax.random.key(0))))
         start = abstract(start, sharding.shardings(start))
         rows = abstract(batch, sharding.row_shardings(batch, axis=2))
         compiled = made._update.lower(start, rows).compile()
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    program = Program.of(compiled.as_text(), loops=batch.mask.shape[1])
+    text = compiled.as_text()
+    if PROGRAM.value:
+        Path(PROGRAM.value).write_text(text)
+    program = Program.of(text, loops=batch.mask.shape[1])
     collectives = program.collectives()
     return {
         "student": held(start.params),
