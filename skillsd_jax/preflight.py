@@ -1,8 +1,10 @@
 """What a run needs is there, and fits together, before anything starts."""
 
+from collections.abc import Sequence
+
 import jax
 
-from skillsd_jax import agent, learner, optimizers, rollout, summaries
+from skillsd_jax import agent, learner, optimizers, rollout, sharding, summaries
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
@@ -13,7 +15,7 @@ from skillsd_jax.validation import Refused, validate
 
 
 def check(config: settings.Config) -> None:
-    """Values, skills, method, model, weights, environment, in this order.
+    """Values, skills, method, model, weights, environment, devices, in this order.
 
     Raises:
       Refused: the run cannot work; nothing has been changed.
@@ -30,7 +32,7 @@ def check(config: settings.Config) -> None:
     )
     _check_method(config)
     _check_skills(config)
-    _probe(config)
+    _check_mesh(config, _probe(config))
 
 
 def _check_method(config: settings.Config) -> None:
@@ -96,11 +98,14 @@ def _check_skills(config: settings.Config) -> None:
         )
 
 
-def _probe(config: settings.Config) -> None:
-    """Looks at the weights and starts an episode: what is missing ends the run now."""
+def _probe(config: settings.Config) -> list[qwen.ModelConfig]:
+    """Looks at the weights and starts an episode: what is missing ends the run now.
+
+    Returns:
+      The student's shape and that of a folder's external teacher.
+    """
     try:
-        networks = [agent.shape(config.model)]
-        agent.adapted(config.model, networks[0])
+        networks = [agent.adapted(config.model, agent.shape(config.model))]
         if config.teacher.path:
             networks.append(huggingface.check(config.teacher.path))
             agent.check_words(config)
@@ -122,3 +127,37 @@ def _probe(config: settings.Config) -> None:
         fault = attention.refuse(kind, size, dtype, backend)
         if fault:
             raise Refused(fault)
+    return networks
+
+
+def _check_mesh(config: settings.Config, networks: Sequence[qwen.ModelConfig]) -> None:
+    """The devices are there, and rows, heads and weights can be divided among them."""
+    try:
+        mesh = sharding.make(config.mesh)
+        if mesh is None:
+            return
+        for network in networks:
+            shapes = jax.eval_shape(lambda n=network: qwen.init(n, jax.random.key(0)))
+            sharding.check(shapes, mesh.shape)
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+    ways, rollouts = mesh.shape["data"] * mesh.shape["fsdp"], config.rollout
+    for name, rows, unit in (
+        ("optimizer.micro_rows", config.optimizer.micro_rows, ways),
+        ("rollout.rows", rollouts.rows, ways * rollouts.cohorts),
+    ):
+        if rows % unit:
+            by = " × rollout.cohorts" * (unit > ways)
+            near = " or ".join(
+                str(n * unit) for n in (rows // unit, -(-rows // unit)) if n
+            )
+            raise Refused(
+                f"mesh.data × mesh.fsdp{by} = {unit} must divide {name}={rows}; set "
+                f"{name.split('.')[1]} to {near}"
+            )
+    for network in networks:
+        if network.heads % mesh.shape["tp"]:
+            raise Refused(
+                f"mesh.tp={mesh.shape['tp']} must divide the {network.heads} attention "
+                "heads; set it to 1, 2 or another divisor"
+            )

@@ -29,6 +29,7 @@ from skillsd_jax import (
     preflight,
     rollout,
     showing,
+    sharding,
     summaries,
     timing,
     tokens,
@@ -61,6 +62,7 @@ def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
         _claim(stack, workdir, config)
         compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
         jax.config.update("jax_compilation_cache_dir", str(compiled))
+        stack.enter_context(sharding.over(config.mesh))
         shown = metrics.Progress(config.iterations, enabled=cluster.first())
         progress = stack.enter_context(shown)
         return Run(config, Path(workdir), progress, stack).finish()

@@ -35,6 +35,7 @@ CHOICES: dict[str, Collection[str]] = {
     "environment.alfworld.rooms": ("kitchen", "all"),
     "environment.alfworld.view": ("notes", "native"),
     "model.dtype": ("float32", "bfloat16"),
+    "mesh.sampler": ("replicated", "same"),
     "prompt.context": ("windowed", "whole"),
     "prompt.style": ("plain", "agent"),
     "prompt.skill_turn": ("task", "system"),
@@ -67,6 +68,7 @@ MAY_BE_ZERO = (
     "environment.sokoban.min_moves",
     "environment.alfworld.max_receptacles",
     "model.lora_rank",
+    "mesh.data",
     "prompt.history",
     "prompt.max_skill_length",
     "rollout.correction_cap",
@@ -330,6 +332,8 @@ def claim_workdir(workdir: str, config: Config) -> bool:
     except json.JSONDecodeError as error:
         raise Refused(f"{path} is damaged; pass another --workdir") from error
     changed = difference(before, to_dict(config))
+    # A run may go on over other devices: they change nothing but rounding.
+    changed = {k: v for k, v in changed.items() if not k.startswith("mesh.")}
     if changed:
         rows = [f"  {name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items()]
         raise Refused(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from skillsd_jax import sharding
 from skillsd_jax.models import attention, rope
 from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.lora import Lora
@@ -165,6 +166,7 @@ class Attention(nnx.Module):
             linear(x).reshape(*x.shape[:2], -1, self.size)
             for linear in (self.query, self.key, self.value)
         )
+        q, k, v = (sharding.rows(x, None, "tp") for x in (q, k, v))
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return _rotate(q, rotation), _rotate(k, rotation), v
@@ -194,7 +196,7 @@ class Block(nnx.Module):
 
     def finish(self, x: Float[Array, "B L D"], attended: Float[Array, "B L H E"]):
         x = x + self.attention.output(attended.reshape(*x.shape[:2], -1))
-        return x + self.mlp(self.mlp_norm(x))
+        return sharding.rows(x + self.mlp(self.mlp_norm(x)))
 
 
 @functools.cache
@@ -221,7 +223,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     }
     if not config.tie_embeddings:
         params["head"] = jax.random.normal(head, shape) * config.width**-0.5
-    return params
+    return sharding.laid(params)
 
 
 def apply(
@@ -347,7 +349,7 @@ def head_kernel(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
 
 
 def _embed(config: ModelConfig, params: Params, tokens: Int[Array, "B L"]):
-    return params["embed"][tokens].astype(config.dtype)
+    return sharding.looked_up(params["embed"][tokens].astype(config.dtype))
 
 
 def _rms_norm(
