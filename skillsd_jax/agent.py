@@ -313,7 +313,8 @@ def _make(config: settings.Config, say: Callable[[str], None], words):
     made = record(config, say, words)
     rows = made.record["rows"]
     say(f"warm start: cloning {rows['plain']} plain and {rows['skilled']} skilled rows")
-    params, curve = _clone(config, made.model, made.data, say)
+    with sharding.own():
+        params, curve = _clone(config, made.model, made.data, say)
     return made.words, made.model, params, made.record | {"loss": curve}
 
 

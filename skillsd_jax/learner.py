@@ -129,7 +129,7 @@ class Learner:
         if stored and self.teacher_kind == "external" and external is None:
             raise ValueError("an external teacher needs weights: pass external=")
         teacher = external if self.teacher_kind == "external" else params
-        return LearnerState(
+        state = LearnerState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             frozen=frozen,
@@ -138,6 +138,7 @@ class Learner:
             optimizer=sharding.made(self.optimizer.init, params),
             plateau=schedules.Plateau.start(),
         )
+        return sharding.put(state)
 
     def update(
         self, state: LearnerState, batch: TokenBatch

@@ -7,6 +7,7 @@ The mesh is jax's own ambient one, entered with `over`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -49,7 +50,8 @@ def make(
     """The mesh that is set, or None where one device is enough.
 
     Args:
-      setting: sizes of the axes; data=0 takes all devices that are left.
+      setting: sizes of the axes; data=0 takes all devices that are left. In a job of
+        several processes a mesh of one device is one of all.
       devices: None: all that jax sees, of every process.
 
     Raises:
@@ -57,6 +59,9 @@ def make(
     """
     devices = jax.devices() if devices is None else devices
     there, inner = len(devices), setting.fsdp * setting.tp
+    many = len({device.process_index for device in devices}) > 1
+    if many and setting.data == inner == 1:
+        setting = dataclasses.replace(setting, data=0)
     if not setting.data and there % inner:
         raise ValueError(
             f"mesh.fsdp × mesh.tp = {inner} must divide the {there} devices for "
@@ -70,6 +75,11 @@ def make(
             f"{named} asks for {wanted} devices and jax sees {there}; make their product "
             f"at most {there}, or set mesh.data=0 to take what fsdp × tp leaves"
         )
+    if many and wanted < there:
+        raise ValueError(
+            f"the mesh takes {wanted} devices, and the processes of the job have {there}: "
+            "each has its part in the work; set mesh.data=0 to take what fsdp × tp leaves"
+        )
     if wanted == 1:
         return None
     # Explicit axes, the default, refuse gathers.
@@ -82,6 +92,35 @@ def over(setting: settings.Mesh) -> contextlib.AbstractContextManager:
     """In this context everything runs over the mesh that is set."""
     mesh = make(setting)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def own() -> contextlib.AbstractContextManager:
+    """In this context everything runs over this process's own devices.
+
+    In a job of one process these are those of the mesh: nothing changes.
+    """
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    devices = jax.local_devices()
+    mesh = jax.make_mesh(
+        (len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+    return jax.set_mesh(mesh)
+
+
+def mine(tree: PyTree) -> PyTree:
+    """Weights of the mesh as whole copies on this process's own devices, for `own`."""
+    if jax.process_count() == 1:
+        return tree
+    whole = _whole(tree)
+    with own():
+        where = _sharding(PartitionSpec())
+
+    def one(x):
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, where, parts)
+
+    return jax.tree.map(one, whole)
 
 
 def sizes() -> Mapping[str, int]:
@@ -242,6 +281,9 @@ def by_heads(attend: Callable[..., jax.Array], *qkv: jax.Array) -> jax.Array:
     return jax.shard_map(attend, in_specs=where, out_specs=where, check_vma=False)(*qkv)
 
 
+_whole = jax.jit(lambda tree: replicated(tree))
+
+
 def _trimmed(axes: Sequence[Axes]) -> PartitionSpec:
     """As jit writes the shardings of its results: others would be compiled for anew."""
     last = max((i for i, names in enumerate(axes) if names), default=-1)
@@ -280,6 +322,8 @@ def _sharding(where: PartitionSpec) -> NamedSharding:
 
 
 def _put(x, where: NamedSharding) -> jax.Array:
+    if jax.process_count() > 1 and getattr(x, "is_fully_addressable", False):
+        x = np.asarray(x)  # of this process alone, and the same in all
     if not isinstance(x, np.ndarray):
         return jax.device_put(x, where)
     # Every process hands over what its own devices hold.

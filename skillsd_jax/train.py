@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from skillsd_jax import (
     practice,
     preflight,
     rollout,
-    showing,
     sharding,
+    showing,
     summaries,
     timing,
     tokens,
@@ -187,11 +188,11 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
         start = self._restore()
-        with self.clock("compile"):
+        with self.clock("compile"), self._acting() as weights:
             for player in (self.player, self.panels.player):
                 hinted = self.recipe.hinted or self.practice.hinted
-                rollout.warm_up(player, self.state.weights, hinted)
-            self.summaries.warm_up(self.state.weights)
+                rollout.warm_up(player, weights, hinted)
+            self.summaries.warm_up(weights)
         if not self.host:
             self.progress.say("before: student on the test panel, teacher on its own")
             with self.clock("evaluate"):
@@ -226,14 +227,11 @@ class Run:
         """One iteration; returns its line of metrics.jsonl."""
         clock = self.clock
         before, faults = self.compilations.count, self._faults()
-        with clock("rollout"):
-            practiced = self.practice.episodes(self.state.weights, iteration, self.bank)
+        with clock("rollout"), self._acting() as weights:
+            practiced = self.practice.episodes(weights, iteration, self.bank)
             played = practiced.kept
-        with clock("skills"):
-            weights = self.state.weights
-            made = cluster.told(
-                lambda: self.summaries.take(played, self.bank, weights)
-            )
+        with clock("skills"), sharding.own():
+            made = cluster.told(lambda: self.summaries.take(played, self.bank, weights))
             self.bank.absorb(made.skills)
             views = self._views(played, iteration)
         figures = self._learn(views.rows, iteration)
@@ -319,7 +317,8 @@ class Run:
         prompter = self.player.prompter
         hints = showing.Hints(self.bank, self.config.skills, seed, prompter)
         hint = hints.text if self.recipe.student_skill else None
-        results = self.panels.standing(self.state.weights, hint)
+        with self._acting() as weights:
+            results = self.panels.standing(weights, hint)
         return {when + name: dataclasses.asdict(r) for name, r in results.items()}
 
     def _during(self, iteration: int) -> dict[str, Any]:
@@ -327,7 +326,8 @@ class Run:
         if done == self.config.iterations:
             return found
         if setting.every and done % setting.every == 0:
-            result = self.panels.student(self.state.weights)
+            with self._acting() as weights:
+                result = self.panels.student(weights)
             found["evaluation"] = dataclasses.asdict(result)
         if setting.teacher_every and done % setting.teacher_every == 0:
             found["teacher"] = self._teacher("")
@@ -338,7 +338,16 @@ class Run:
         student, teacher = self.state.weights, self.state.teacher
         shared = teacher is None or self.teacher_record["kind"] == "external"
         weights = student if shared else self.state.whole(teacher)
-        return self.panels.teacher(student, weights, when)
+        student, weights = sharding.mine((student, weights))
+        with sharding.own():
+            return self.panels.teacher(student, weights, when)
+
+    @contextlib.contextmanager
+    def _acting(self) -> Iterator[Any]:
+        """The student's weights where it plays: on this process's own devices."""
+        weights = sharding.mine(self.state.weights)
+        with sharding.own():
+            yield weights
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
