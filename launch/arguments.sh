@@ -9,6 +9,7 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   exit 2
 fi
 
+shopt -s inherit_errexit # what is refused inside $(...) ends the launcher too
 declare -A option=()
 passed=()
 

@@ -64,6 +64,7 @@ devices() {
 }
 
 script() {
+  local patience=$((option[lead] - 30)) # seconds; the rest is for the queue
   echo '#!/usr/bin/env bash'
   directives
   echo 'set -euo pipefail'
@@ -76,7 +77,7 @@ script() {
 # to every process, and the job goes back into the queue, where the same command resumes.
 at_limit() {
   kill -TERM "\$step" 2>/dev/null || true
-  for ((second = 0; second < $((option[lead] - 30)); second++)); do
+  for ((second = 0; second < $patience; second++)); do
     kill -0 "\$step" 2>/dev/null || break
     sleep 1
   done
