@@ -11,6 +11,11 @@ deadline=             # in SECONDS: what still runs then is killed
 asked=                # the signal that the launcher got
 tick=                 # process id of the clock of `await`
 
+# Bash tells on stderr of each job that a signal ended; the launchers say it in their words.
+exec 2> >(
+  trap '' INT TERM HUP
+  exec grep --line-buffered -vF '"$@" < /dev/null' >&2
+)
 set -m
 trap 'on_signal INT' INT
 trap 'on_signal TERM' TERM
