@@ -428,8 +428,8 @@ def test_sweep_skips_the_finished_and_resumes_the_others(stub, tmp_path):
     assert done.returncode == 0
     assert table(tmp_path) == [
         "household-grpo-seed0 resumed",
-        "household-sdar-seed0 skipped: finished before",
         "household-grpo-seed0 finished",
+        "household-sdar-seed0 skipped: finished before",
     ]
 
 
