@@ -63,14 +63,14 @@ stop() {
 
 # The first signal is passed on; a second one kills.
 on_signal() {
-  if [[ -n $asked ]]; then
+  if [[ -z $asked ]]; then
+    asked=$1
+    # shellcheck disable=SC2154 # an option of every launcher that sources this
+    say "SIG$1 passed on; waiting up to ${option[grace]} s"
+    stop "$1" "${option[grace]}"
+  else
     deadline=0
-    return
   fi
-  asked=$1
-  # shellcheck disable=SC2154 # an option of every launcher that sources this
-  say "SIG$1 passed on; waiting up to ${option[grace]} s"
-  stop "$1" "${option[grace]}"
 }
 
 kill_groups() {

@@ -280,23 +280,28 @@ def test_a_dead_process_ends_the_others(end, status, words, stub, tmp_path):
     ]
 
 
-def test_what_ignores_sigterm_is_killed_with_what_it_started(stub, tmp_path):
+def test_what_ignores_sigterm_is_killed_and_no_child_of_the_failed_stays(
+    stub, tmp_path
+):
     code = """
-    until [ "$number" = 0 ] || [ -e "$workdir/child" ]; do sleep 0.02; done
-    [ "$number" = 0 ] || exit 5
     trap "" TERM
     sleep 60 &
-    echo $! >"$workdir/child"
+    echo $! >"$workdir/writing-$number"
+    mv "$workdir/writing-$number" "$workdir/child-$number"
+    [ "$number" = 0 ] || while [ ! -e "$workdir/child-0" ]; do sleep 0.02; done
+    [ "$number" = 0 ] || exit 5
     wait
     """
-    (tmp_path / "run").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
     start = time.monotonic()
     done = launch(*local(tmp_path, "--grace=1"), STUB=code)
     assert time.monotonic() - start < 10
     assert done.returncode == 5
     assert "local.sh: not ended in time, killed: 0" in done.stderr
-    child = int((tmp_path / "run" / "child").read_text())
-    wait_for(lambda: not _alive(child), "the child of a killed process lives")
+    for path in (run / "child-0", run / "child-1"):
+        child = int(path.read_text())
+        wait_for(lambda child=child: not _alive(child), f"{path.name} lives")
 
 
 def _alive(process: int) -> bool:
@@ -335,9 +340,10 @@ def test_a_second_signal_does_not_wait(stub, tmp_path):
     time.sleep(0.3)
     start = time.monotonic()
     started.send_signal(signal.SIGTERM)
-    started.communicate(timeout=20)
+    _, err = started.communicate(timeout=20)
     assert time.monotonic() - start < 10
     assert started.returncode == 143
+    assert err.splitlines()[-1] == "local.sh: stopped by SIGTERM"
 
 
 def test_a_port_in_use_is_refused():
