@@ -127,10 +127,10 @@ done
 match workdir 'gs://.+|/data/.+' "gs://... or a folder below /data"
 [[ ${option[workdir]} == gs://* || -n ${option[claim]} ]] ||
   refuse "--workdir=${option[workdir]} needs --claim, which is mounted at /data"
-reserved workdir config coordinator processes process distributed
+reserved workdir config job
 count_hosts
 words=$(items "${option[python]}" -m skillsd_jax.main "--config=${option[config]}" \
-  "--workdir=${option[workdir]}" --distributed "${passed[@]}")
+  "--workdir=${option[workdir]}" --job=auto "${passed[@]}")
 
 if [[ -v option[dry-run] ]]; then
   document

@@ -44,8 +44,7 @@ compose() {
   command+=(
     PYTHONUNBUFFERED=1 "${option[python]}" -m skillsd_jax.main
     "--config=${option[config]}" "--workdir=${option[workdir]}"
-    "--coordinator=127.0.0.1:${option[port]}"
-    "--processes=${option[processes]}" "--process=$1" "${passed[@]}"
+    "--job=127.0.0.1:${option[port]},${option[processes]},$1" "${passed[@]}"
   )
 }
 
@@ -59,7 +58,7 @@ count processes devices port grace
 match gpus '[0-9]+(,[0-9]+)*' "indices of GPUs with commas between them"
 config_file "${option[config]}"
 program "${option[python]}"
-reserved coordinator processes process distributed workdir config
+reserved job workdir config
 IFS=, read -ra gpus <<<"${option[gpus]}"
 if [[ -n ${option[gpus]} ]]; then
   [[ -z ${option[devices]} ]] || refuse "--gpus and --devices exclude each other"

@@ -52,7 +52,7 @@ step() {
   [[ -z ${option[cpus]} ]] || words+=("--cpus-per-task=${option[cpus]}")
   words+=(
     "${option[python]}" -m skillsd_jax.main "--config=${option[config]}"
-    "--workdir=${option[workdir]}" --distributed "${passed[@]}"
+    "--workdir=${option[workdir]}" --job=auto "${passed[@]}"
   )
   quoted "${words[@]}"
 }
@@ -119,7 +119,7 @@ match logs '[A-Za-z0-9_./+=@-]+' "a path without blanks and %, which Slurm would
 ((option[gpus])) || [[ ${option[per]} == node ]] || refuse "--per=gpu needs --gpus"
 [[ ${option[workdir]} != *://* ]] || refuse "--workdir must be a folder of all nodes"
 config_file "${option[config]}"
-reserved workdir config coordinator processes process distributed
+reserved workdir config job
 
 if [[ -v option[dry-run] ]]; then
   script

@@ -147,8 +147,7 @@ match configs '[^,]+(,[^,]+)*' "config files with commas between them"
 match objectives '[a-z0-9_]+(,[a-z0-9_]+)*' "names with commas between them"
 program "${option[python]}"
 [[ -z ${option[cores]} ]] || program taskset
-reserved workdir config config.seed config.objective.name coordinator processes process \
-  distributed
+reserved workdir config config.seed config.objective.name job
 ((${option[cores]:-1} * option[jobs] <= $(nproc))) || [[ -z ${option[cores]} ]] ||
   refuse "--jobs=${option[jobs]} of --cores=${option[cores]} need more than the" \
     "$(nproc) cores there are"

@@ -52,7 +52,7 @@ bring_code() {
 start() {
   local extras=${option[extras]:+[${option[extras]}]} main
   main=$(quoted env PYTHONUNBUFFERED=1 nohup .venv/bin/python -m skillsd_jax.main \
-    "--config=${option[config]}" "--workdir=${option[workdir]}" --distributed \
+    "--config=${option[config]}" "--workdir=${option[workdir]}" --job=auto \
     "${passed[@]}")
   on all "mkdir -p $folder/logs && cd $folder && if $alive; then\
  echo 'a run goes on here: stop it first' >&2; exit 1; fi"
@@ -100,7 +100,7 @@ if [[ $action == start ]]; then
       refuse "--config=${option[config]} must lie in configs/, which is what is copied"
     config_file "$repository/${option[config]}"
   fi
-  reserved workdir config coordinator processes process distributed
+  reserved workdir config job
 else
   ((!${#passed[@]})) || refuse "$action passes nothing on to main"
 fi

@@ -35,7 +35,7 @@ STUB = """#!/usr/bin/env bash
 number=none
 for argument in "$@"; do
   case $argument in
-    --process=*) number=${argument#*=} ;;
+    --job=*,*) number=${argument##*,} ;;
     --workdir=*) workdir=${argument#*=} ;;
   esac
 done
@@ -165,7 +165,7 @@ GKE = (*GKE, "--workdir=gs://b/x")
         ((*LOCAL, "--python=no-such-program"), "no-such-program is not to be found"),
         (("local", "--config=no.py:smoke", "--workdir=x"), "no config file 'no.py'"),
         ((*LOCAL, "--", "--workdir=x"), "--workdir is set by the launcher"),
-        ((*LOCAL, "--", "-process", "1"), "--process is set by the launcher"),
+        ((*LOCAL, "--", "-job", "a:1,2,0"), "--job is set by the launcher"),
         ((*SWEEP, "--seeds=2-1"), "runs backward"),
         ((*SWEEP, "--seeds=a"), "like 0-2 or 0,1,2"),
         ((*SWEEP, "--seeds=1,1"), "two runs are called household-seed1"),
@@ -206,11 +206,11 @@ def test_local_says_what_it_would_run():
     flags = "-u JAX_NUM_CPU_DEVICES JAX_PLATFORMS=cpu"
     flags += " XLA_FLAGS=--xla_force_host_platform_device_count=4 PYTHONUNBUFFERED=1"
     main = f"python3 -m skillsd_jax.main {HOUSE} --workdir=runs/x"
-    main += " --coordinator=127.0.0.1:29123 --processes=2"
+    main += " --job=127.0.0.1:29123,2"
     given = ("--devices=4", "--port=29123", "--python=python3")
     assert dry(*LOCAL, *given).splitlines() == [
-        f"env {flags} {main} --process=0 2>&1 | tee -a runs/x/logs/process-0.log",
-        f"env {flags} {main} --process=1 >>runs/x/logs/process-1.log 2>&1",
+        f"env {flags} {main},0 2>&1 | tee -a runs/x/logs/process-0.log",
+        f"env {flags} {main},1 >>runs/x/logs/process-1.log 2>&1",
     ]
     assert not (ROOT / "runs" / "x").exists()
 
@@ -243,8 +243,7 @@ def test_local_passes_odd_arguments_on_and_its_dry_run_is_what_runs(stub, tmp_pa
     for number in range(3):
         assert got[number] == [
             *("-m", "skillsd_jax.main", HOUSE, f"--workdir={tmp_path / 'run'}"),
-            *("--coordinator=127.0.0.1:29124", "--processes=3"),
-            *(f"--process={number}", *ODD),
+            *(f"--job=127.0.0.1:29124,3,{number}", *ODD),
         ]
         (tmp_path / f"arguments-{number}").unlink()
     printed = dry(*given, "--", *ODD)
@@ -519,7 +518,7 @@ def test_slurm_says_what_it_would_submit():
     assert (
         "srun --kill-on-bad-exit=1 --open-mode=append "
         "--output=runs/x/logs/process-%t.log --gpu-bind=none --cpus-per-task=8 "
-        f"python -m skillsd_jax.main {HOUSE} --workdir=runs/x --distributed &\n" in rest
+        f"python -m skillsd_jax.main {HOUSE} --workdir=runs/x --job=auto &\n" in rest
     )
 
 
@@ -565,7 +564,7 @@ def test_the_batch_script_passes_odd_arguments_and_the_exit_status_on(
     assert out == "here is none\n0,1\n"
     assert noted(tmp_path) == [
         *("-m", "skillsd_jax.main", HOUSE, f"--workdir={tmp_path}/run"),
-        *("--distributed", *ODD),
+        *("--job=auto", *ODD),
     ]
     shellcheck = shutil.which("shellcheck")
     if shellcheck:
@@ -632,9 +631,7 @@ def test_tpu_pod_says_what_it_would_run():
     unpack += " && tar -xzf skillsd_jax.tar.gz -C skillsd_jax"
     install = "cd skillsd_jax && python3.11 -m venv .venv"
     install += " && .venv/bin/pip install --quiet -e '.[alfworld]' 'jax[tpu]'"
-    main = (
-        f".venv/bin/python -m skillsd_jax.main {HOUSE} --workdir=gs://b/x --distributed"
-    )
+    main = f".venv/bin/python -m skillsd_jax.main {HOUSE} --workdir=gs://b/x --job=auto"
     main = f"cd skillsd_jax && {{ env PYTHONUNBUFFERED=1 nohup {main}"
     main += " >>logs/main.log 2>&1 </dev/null & echo $! >logs/pid; }"
     for number, command in enumerate((unpack, install, main), start=4):
@@ -702,7 +699,7 @@ def test_a_worker_gets_odd_arguments_and_takes_one_run_at_a_time(pod, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     wait_for((home / "got").exists, "main does not start")
     assert (home / "got").read_text(encoding="utf-8").split("\0")[:-1] == [
-        *("-m", "skillsd_jax.main", HOUSE, "--workdir=/nfs/a b", "--distributed"),
+        *("-m", "skillsd_jax.main", HOUSE, "--workdir=/nfs/a b", "--job=auto"),
         *ODD,
     ]
     assert pod("status", "--name=pod").stdout.startswith("running\n")
@@ -773,7 +770,7 @@ def test_kubernetes_passes_odd_arguments_on():
     # Kubernetes makes one $ of two, from the left.
     assert [word.replace("$$", "$") for word in got] == [
         *("python", "-m", "skillsd_jax.main", HOUSE, "--workdir=gs://b/x"),
-        *("--distributed", *odd),
+        *("--job=auto", *odd),
     ]
 
 
