@@ -1,8 +1,8 @@
 """Which skills of the bank are shown for an episode.
 
 `skills.retrieval` is a mixture: parts joined by '+', each `shelf:rule` or a rule alone,
-which looks at the nearest shelf that has something for the row. 'ucb' is one skill of
-the task's; 'global:random+ucb' shows one for every task before it.
+which looks at the nearest shelf that has anything. 'ucb' is one skill of the task's;
+'global:random+ucb' shows one for every task before it.
 """
 
 import dataclasses
@@ -36,7 +36,8 @@ def retrieve(
       task: the row's task.
       source: id of the row's own episode. A skill that only this episode summarised
         to is not shown to it unless `config.allow_own`: it would tell the teacher
-        what the row itself did next, so for this row it might as well not be there.
+        what the row itself did next. Where the task has no other, nothing is shown: a
+        skill of another task may mislead.
         One that a sibling wrote as well, or nearly so, is the sibling's.
       rng: source of every random choice.
       config: which rules, and their constants.
@@ -51,12 +52,11 @@ def retrieve(
     query = Query(task, rng, config)
     own = () if config.allow_own else bank.only_rows(source)
     for shelf, rule in _parts(config.retrieval):
-        for rows in SHELVES[shelf](bank, task):
-            allowed = _without(rows, own) if len(own) else rows
-            if len(allowed):
-                chosen = RETRIEVAL[rule](Pool(bank, allowed, rows), query)
-                shown |= dict.fromkeys(allowed[np.asarray(chosen, int)].tolist())
-                break
+        rows = next(filter(len, SHELVES[shelf](bank, task)), ())
+        allowed = _without(rows, own) if len(own) and len(rows) else rows
+        if len(allowed):
+            chosen = RETRIEVAL[rule](Pool(bank, allowed, rows), query)
+            shown |= dict.fromkeys(allowed[np.asarray(chosen, int)].tolist())
     return bank.skills(shown)
 
 
@@ -193,8 +193,8 @@ RETRIEVAL: dict[str, Callable[[Pool, Query], Sequence[int]]] = {
 }
 
 
-# Name → where it looks: rows of the bank, oldest first; the first that have a skill the
-# row may see are taken.
+# Name → where it looks: rows of the bank, oldest first; the first that are any are
+# taken.
 SHELVES: dict[str, Callable[[Bank, Task], Sequence[np.ndarray]]] = {
     NEAREST: lambda bank, task: (
         bank.task_rows(task.key),
