@@ -34,10 +34,10 @@ def retrieve(
     Args:
       bank: where to look.
       task: the row's task.
-      source: id of the row's own episode. A skill that only this episode summarised
-        to is not shown to it unless `config.allow_own`: it would tell the teacher
-        what the row itself did next, so for this row it might as well not be there.
-        One that a sibling wrote as well, or nearly so, is the sibling's.
+      source: id of the row's own episode. A skill whose text only this episode wrote
+        is not shown to it unless `config.allow_own`: it would tell the teacher what
+        the row itself did next, so for this row it might as well not be there. One
+        that a sibling wrote as well, word for word, is the sibling's.
       rng: source of every random choice.
       config: which rules, and their constants.
 
