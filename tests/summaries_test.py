@@ -316,6 +316,17 @@ def test_nobody_is_paid_for_skills_that_nobody_is_shown(name, hinted, reads):
         preflight.check(config)
 
 
+def test_a_library_is_counted_by_the_families_of_the_environment(tmp_path):
+    """Two names of one family: together they are more than its shelf holds."""
+    path, config = tmp_path / "a.md", settings.Config()
+    path.write_text("# Family: pick_and_place\n## a\nb\n# Family: pick\n## c\nd\n")
+    config.skills.library, config.skills.family_capacity = str(path), 2
+    preflight.check(config)
+    config.skills.family_capacity = 1
+    with pytest.raises(Refused, match="has 2 skills for family pick and"):
+        preflight.check(config)
+
+
 def hostile(server, tmp: Path) -> settings.Config:
     """Sokoban at toy size, its skills by a server; nothing here learns anything."""
     config = settings.Config(iterations=6, checkpoint_every=3, cache=str(tmp / "cache"))
