@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import sys
 import time
 import types
 from pathlib import Path
@@ -324,6 +325,20 @@ def test_a_library_is_counted_by_the_families_of_the_environment(tmp_path):
     preflight.check(config)
     config.skills.family_capacity = 1
     with pytest.raises(Refused, match="has 2 skills for family pick and"):
+        preflight.check(config)
+
+
+def test_a_model_that_cannot_be_had_for_retrieval_is_refused(monkeypatch):
+    def missing(name):
+        raise OSError(f"no repository {name}")
+
+    module = types.SimpleNamespace(SentenceTransformer=missing, __spec__=missing)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    config = settings.Config()
+    config.skills.embedding = "sentence-transformers:misspelled"
+    preflight.check(config)  # nothing asks it
+    config.skills.retrieval = "ucb+embedding"
+    with pytest.raises(Refused, match="skills.embedding=.* cannot be loaded: no repos"):
         preflight.check(config)
 
 

@@ -61,8 +61,13 @@ def retrieve(
 
 
 def check(text: str, vectors: str = "hashed") -> None:
-    """Raises ValueError for a mixture of unknown parts, or an unknown embedding."""
-    _parts(text)
+    """Raises ValueError for a mixture of unknown parts, or an unknown embedding.
+
+    A model that a part will ask is loaded: what is wrong with it shows now.
+    """
+    rules = {rule for _, rule in _parts(text)}
+    if "embedding" in rules:
+        embedding.load(vectors)
     embedding.check(vectors)
 
 

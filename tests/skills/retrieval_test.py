@@ -461,6 +461,31 @@ def test_a_sentence_transformer_is_asked_for_by_name(monkeypatch):
     assert asked == ["some/model"]
 
 
+def test_a_model_that_cannot_be_loaded_is_refused_where_it_will_be_asked(monkeypatch):
+    loaded = []
+
+    def model(name):
+        if name != "there":
+            raise OSError(f"no repository {name}")
+        loaded.append(name)
+        return types.SimpleNamespace(encode=lambda texts: np.ones((len(texts), 2)))
+
+    module = types.SimpleNamespace(SentenceTransformer=model)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: module)
+    name = "sentence-transformers:misspelled"
+    check("ucb+family:keyword", name)
+    for text in ("embedding", "ucb+family:embedding"):
+        with pytest.raises(
+            ValueError, match=f"={name!r} cannot .*: no repository miss"
+        ):
+            check(text, name)
+    name = "sentence-transformers:there"
+    check("embedding", name)
+    assert shown(bank_of(skill("a")), "embedding", asks("a"), embedding=name) == ["a"]
+    assert loaded == ["there"]
+
+
 def test_hashed_vectors_are_the_same_in_another_process():
     code = (
         "from skillsd_jax.skills.embedding import hashed\n"
