@@ -382,12 +382,12 @@ def means(sums: dict[str, tuple[Array, Array]]) -> dict[str, float]:
     """Divides the sums of `Learner.update`, once, on the host.
 
     Losses are means over minibatches; everything else is weighted by tokens. A gap of
-    no tokens is left out.
+    no tokens is left out where it is that of a place, and 0 where it is that of all.
     """
     values = jax.device_get(sums)
     minibatches, out = float(values.pop("minibatches")[0]), {}
     for name, (total, weight) in sorted(values.items()):
-        if name.startswith("gap_") and not weight:
+        if name.startswith("gap_") and name != "gap_squared" and not weight:
             continue  # of turns that nobody reached, of words that nobody thought
         divisor = minibatches if name.startswith("loss_") else float(weight)
         out[name] = float(total) / max(divisor, 1e-9)

@@ -1,5 +1,7 @@
 """What a run needs is there, and fits together, before anything starts."""
 
+import contextlib
+
 import jax
 
 from skillsd_jax import agent, learner, optimizers, rollout, summaries
@@ -13,7 +15,7 @@ from skillsd_jax.validation import Refused, validate
 
 
 def check(config: settings.Config) -> None:
-    """Values, skills, method, model, weights, environment, in this order.
+    """Values, method, skills, weights, environment, libraries, in this order.
 
     Raises:
       Refused: the run cannot work; nothing has been changed.
@@ -77,12 +79,10 @@ def _check_method(config: settings.Config) -> None:
 
 
 def _check_skills(config: settings.Config) -> None:
-    """Libraries can be read, rules are known, and whoever is to write can be asked, for
-    skills that are shown."""
+    """Rules are known; whoever is to write can be asked, for skills that are shown."""
     skills, method = config.skills, recipe(config.objective.name)
     try:
         retrieval.check(skills.retrieval, skills.embedding)
-        stock.open_bank(skills)
         summaries.check(config)
     except ValueError as fault:
         raise Refused(str(fault)) from fault
@@ -97,25 +97,27 @@ def _check_skills(config: settings.Config) -> None:
 
 
 def _probe(config: settings.Config) -> None:
-    """Looks at the weights and starts an episode: what is missing ends the run now."""
+    """Looks at the weights, starts an episode, reads the libraries for its families:
+    what is missing ends the run now."""
     try:
         networks = [agent.shape(config.model)]
         agent.adapted(config.model, networks[0])
         if config.teacher.path:
             networks.append(huggingface.check(config.teacher.path))
             agent.check_words(config)
+        room = None
         if config.model.path:
             words = tokenizer.load(config.model.path)
             # Reads what ends a reply: a name the tokenizer has not is refused here.
             player = rollout.Player(networks[0], words, config.prompt, rows=1)
             _ = player.stop_ids, player.guide
             room = written.Room(config.prompt.max_skill_length, player.prompter.size)
-            stock.open_bank(config.skills, room)
         environment = rollout.environment(config.environment, "train")
-        environment.reset(0)
+        with contextlib.closing(environment):
+            environment.reset(0)
+            stock.open_bank(config.skills, room, environment.families)
     except (ImportError, ValueError, OSError) as fault:
         raise Refused(str(fault)) from fault
-    environment.close()
     kind, dtype = config.model.attention, config.model.dtype
     for network in networks:
         size, backend = network.head_size, jax.default_backend()

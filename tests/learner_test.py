@@ -334,6 +334,7 @@ def test_rows_without_a_skill_add_no_distillation(params):
     a, figures = updated(skill_sd, params, data)
     b, _ = updated(grpo, params, data)
     assert figures["loss_distillation"] == 0
+    assert (figures["gap"], figures["gap_rms"]) == (0, 0)
     assert_same(a.params, b.params, 0)
 
 

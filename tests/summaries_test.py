@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import sys
 import time
 import types
 from pathlib import Path
@@ -313,6 +314,31 @@ def test_nobody_is_paid_for_skills_that_nobody_is_shown(name, hinted, reads):
     if reads:
         return preflight.check(config)
     with pytest.raises(validation.Refused, match=f"objective.name={name} reads none"):
+        preflight.check(config)
+
+
+def test_a_library_is_counted_by_the_families_of_the_environment(tmp_path):
+    """Two names of one family: together they are more than its shelf holds."""
+    path, config = tmp_path / "a.md", settings.Config()
+    path.write_text("# Family: pick_and_place\n## a\nb\n# Family: pick\n## c\nd\n")
+    config.skills.library, config.skills.family_capacity = str(path), 2
+    preflight.check(config)
+    config.skills.family_capacity = 1
+    with pytest.raises(Refused, match="has 2 skills for family pick and"):
+        preflight.check(config)
+
+
+def test_a_model_that_cannot_be_had_for_retrieval_is_refused(monkeypatch):
+    def missing(name):
+        raise OSError(f"no repository {name}")
+
+    module = types.SimpleNamespace(SentenceTransformer=missing, __spec__=missing)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    config = settings.Config()
+    config.skills.embedding = "sentence-transformers:misspelled"
+    preflight.check(config)  # nothing asks it
+    config.skills.retrieval = "ucb+embedding"
+    with pytest.raises(Refused, match="skills.embedding=.* cannot be loaded: no repos"):
         preflight.check(config)
 
 

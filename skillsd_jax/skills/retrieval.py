@@ -34,11 +34,11 @@ def retrieve(
     Args:
       bank: where to look.
       task: the row's task.
-      source: id of the row's own episode. A skill that only this episode summarised
-        to is not shown to it unless `config.allow_own`: it would tell the teacher
-        what the row itself did next. Where the task has no other, nothing is shown: a
-        skill of another task may mislead.
-        One that a sibling wrote as well, or nearly so, is the sibling's.
+      source: id of the row's own episode. A skill whose text only this episode wrote
+        is not shown to it unless `config.allow_own`: it would tell the teacher what
+        the row itself did next. Where the task has no other, nothing is shown: a skill
+        of another task may mislead. One that a sibling wrote as well, word for word, is
+        the sibling's.
       rng: source of every random choice.
       config: which rules, and their constants.
 
@@ -61,8 +61,13 @@ def retrieve(
 
 
 def check(text: str, vectors: str = "hashed") -> None:
-    """Raises ValueError for a mixture of unknown parts, or an unknown embedding."""
-    _parts(text)
+    """Raises ValueError for a mixture of unknown parts, or an unknown embedding.
+
+    A model that a part will ask is loaded: what is wrong with it shows now.
+    """
+    rules = {rule for _, rule in _parts(text)}
+    if "embedding" in rules:
+        embedding.load(vectors)
     embedding.check(vectors)
 
 

@@ -136,9 +136,9 @@ def random_bank(rng):
 
 
 def is_own(bank, s, source):
-    """Whether this episode alone summarised to it, told from what the bank saves."""
-    sources = bank.sources(s.id)
-    return len(sources) == 1 and source in sources[0].split("+")
+    """Whether this episode alone wrote its text, told from what the bank saves."""
+    authors = bank.authors(s.id)
+    return len(authors) == 1 and source in authors[0].split("+")
 
 
 @pytest.mark.parametrize("rule", RETRIEVAL)
@@ -174,6 +174,26 @@ def test_a_skill_that_a_sibling_wrote_as_well_is_the_siblings():
     bank = bank_of(skill("a", source="1"), skill("a", source="2"))
     assert ask(bank, source="1") == ask(bank, source="2") == "a"
     assert ask(bank_of(skill("a", source="1")), source="1") is None
+
+
+@pytest.mark.parametrize(
+    "rewards, shown_to", [((0.1, 0.9), "0/0"), ((0.9, 0.1), "0/1")]
+)
+def test_a_row_is_not_shown_its_own_text_for_a_siblings_that_is_nearly_the_same(
+    rewards, shown_to
+):
+    told = "go to the desk and open the drawer then take the mug and put it on shelf"
+    made = [
+        skill(f"{told} {shelf}", source=source, reward=reward)
+        for shelf, source, reward in zip("23", ("0/0", "0/1"), rewards)
+    ]
+    bank = Bank(100, similarity=0.75)
+    bank.absorb(made)
+    assert len(bank) == 1
+    best = max(made, key=lambda s: s.reward)
+    for source in ("0/0", "0/1"):
+        wanted = best.success_analysis if source == shown_to else None
+        assert ask(bank, source=source) == wanted
 
 
 def test_allow_own_shows_it():
@@ -438,6 +458,31 @@ def test_a_sentence_transformer_is_asked_for_by_name(monkeypatch):
     assert shown(bank, "embedding", asks("egg egg"), embedding=name) == ["egg egg"]
     assert shown(bank, "embedding", asks("none"), embedding=name) == ["mug"]
     assert asked == ["some/model"]
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_where_it_will_be_asked(monkeypatch):
+    loaded = []
+
+    def model(name):
+        if name != "there":
+            raise OSError(f"no repository {name}")
+        loaded.append(name)
+        return types.SimpleNamespace(encode=lambda texts: np.ones((len(texts), 2)))
+
+    module = types.SimpleNamespace(SentenceTransformer=model)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: module)
+    name = "sentence-transformers:misspelled"
+    check("ucb+family:keyword", name)
+    for text in ("embedding", "ucb+family:embedding"):
+        with pytest.raises(
+            ValueError, match=f"={name!r} cannot .*: no repository miss"
+        ):
+            check(text, name)
+    name = "sentence-transformers:there"
+    check("embedding", name)
+    assert shown(bank_of(skill("a")), "embedding", asks("a"), embedding=name) == ["a"]
+    assert loaded == ["there"]
 
 
 def test_hashed_vectors_are_the_same_in_another_process():
