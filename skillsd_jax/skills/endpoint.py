@@ -19,7 +19,7 @@ from typing import Self
 from skillsd_jax import artifacts
 from skillsd_jax.skills import exchange, recording, replies
 from skillsd_jax.skills.asking import Endpoint
-from skillsd_jax.skills.recording import Exchange
+from skillsd_jax.skills.recording import Exchange, Outcome
 
 
 class Handle:
@@ -87,20 +87,19 @@ class Writer:
 
     def __init__(self, endpoint: Endpoint):
         """Raises:
-        ValueError: the key cannot be sent, or the recording cannot be read.
+        ValueError: the key cannot be sent, the recording cannot be read, or someone
+          else records to it.
         """
         self.endpoint = endpoint
         self._target = exchange.Target.of(
             endpoint.url.rstrip("/") + "/chat/completions"
         )
         self._recording: recording.Recording | None = None
-        self._known: dict[str, Exchange] = {}
+        self._known: dict[str, Outcome] = {}
         if not endpoint.replay:
             endpoint.key()
-        if endpoint.record:
-            self._recording = recording.Recording(endpoint.record)
         if recorded := endpoint.record or endpoint.replay:
-            self._known = recording.read(recorded)
+            self._known = self._opened(recorded)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._under_way: dict[str, _Job] = {}
@@ -149,6 +148,19 @@ class Writer:
         ends = time.monotonic() + 1.0
         for thread in self._threads:
             thread.join(max(0.0, ends - time.monotonic()))
+        if self._recording is not None:
+            self._recording.close()
+
+    def _opened(self, path: str) -> dict[str, Outcome]:
+        """What a file has recorded; it is held if it is to be recorded to."""
+        if self.endpoint.record:
+            self._recording = recording.Recording(path)
+        try:
+            return recording.read(path)
+        except ValueError:
+            if self._recording is not None:
+                self._recording.close()
+            raise
 
     def _hash(self, request: str) -> str:
         return artifacts.content_hash(self.endpoint.body(request))
@@ -160,7 +172,7 @@ class Writer:
             return twin.answer
         known = self._known.get(job.hash)
         if self.endpoint.replay and known is None:
-            known = Exchange(job.hash, job.request, None, "not_recorded")
+            known = Outcome(None, "not_recorded")
         if known is not None and (self.endpoint.replay or not known.failure):
             self._counts[known.failure or "answered"] += 1
             job.answer.set_result(known.answer)
@@ -190,15 +202,16 @@ class Writer:
 
         What a closed writer left undone is not recorded: nothing became of it.
         """
-        done, broken = Exchange(job.hash, job.request, answer, failure), None
+        broken = None
         if self._recording is not None and failure != "closed":
+            done = Exchange(job.hash, job.request, answer, failure)
             try:
                 self._recording.append(done)
             except OSError as error:
                 broken = error
         with self._lock:
-            if not failure:
-                self._known[job.hash] = done
+            if not failure and broken is None:
+                self._known[job.hash] = Outcome(answer)
             del self._under_way[job.hash]
             self._counts[failure or "answered"] += job.askers
         if broken is None:
