@@ -780,9 +780,53 @@ def test_a_mistake_of_ours_ends_the_wait(monkeypatch):
 
     monkeypatch.setattr(replies, "content", broken)
     with serving("good") as server, Writer(settings(server)) as writer:
-        assert writer.submit(["a"] * 9).result(PATIENCE_S) == [None] * 9
-        with pytest.raises(ValueError, match="the writer is closed"):
-            writer.write(["a"])
+        handle = writer.submit(["a"] * 9 + list("bcdefg"))
+        for late in (handle.result, lambda _: writer.write(["a"])):
+            with pytest.raises(RuntimeError, match="a mistake of its own") as caught:
+                late(PATIENCE_S)
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_what_nobody_waits_for_any_more_is_not_sent(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    with (
+        serving("gated") as server,
+        Writer(settings(server, record=str(path), concurrency=1)) as writer,
+    ):
+        first = writer.submit(["sent"])
+        while not server.asked:
+            time.sleep(0.005)
+        dropped = writer.submit(["dropped", "twin"])
+        twin, last = writer.submit(["twin"]), writer.submit(["last"])
+        for handle in (first, dropped, dropped):
+            handle.cancel()
+        assert not last.ready()
+        server.gate.set()
+        assert twin.result(PATIENCE_S) == ["re: twin"]
+        assert last.result(PATIENCE_S) == ["re: last"]
+        assert dropped.result(PATIENCE_S) == [None, "re: twin"]
+        # What was sent is answered and kept.
+        assert writer.counts == {"asked": 3, "answered": 3}
+        last.cancel()
+        assert writer.write(["sent", "last"]) == ["re: sent", "re: last"]
+        assert writer.counts == {"asked": 5, "answered": 5}
+    sent = [asked["messages"][0]["content"] for asked in server.asked]
+    assert sent == ["sent", "twin", "last"]
+    assert [line["request"] for line in lines(path)] == sent
+
+
+@pytest.mark.parametrize("pausing", [False, True])
+def test_what_nobody_waits_for_any_more_is_not_tried_again(pausing):
+    options = {"concurrency": 1, "retries": 5, "timeout_s": 0.5, "max_wait_s": 0.5}
+    options |= {"backoff_s": 0.5 if pausing else 0.0}
+    with serving("slow") as server, Writer(settings(server, **options)) as writer:
+        handle = writer.submit(["a"])
+        while not (writer.counts.get("retried") if pausing else server.asked):
+            time.sleep(0.001)
+        handle.cancel()
+        assert handle.result(PATIENCE_S) == [None]
+        assert len(server.asked) == 1
+        assert writer.counts["timeout"] == 1
 
 
 def test_a_writer_that_is_never_closed_lets_the_process_end():
