@@ -176,12 +176,15 @@ class Author:
 
 @dataclasses.dataclass
 class Endpoint:
-    """A server with the chat interface of OpenAI as the writer of skills."""
+    """A server with the chat interface of OpenAI as the writer of skills.
+
+    Failures are not reproduced: what goes on or replays has an answer that came later.
+    """
 
     url: str = ""  # e.g. http://localhost:8000/v1
     model: str = ""  # as the server calls it
     temperature: float = 0.7
-    max_tokens: int = 512  # of an answer
+    max_tokens: int = 512  # of an answer; asks for a third as many words at most
     key_variable: str = "OPENAI_API_KEY"  # environment variable with the key
     timeout_s: float = 60.0  # of one attempt
     retries: int = 3
@@ -196,7 +199,9 @@ class Endpoint:
 class Skills:
     maker: str = "template"  # template, policy, endpoint
     comparative: bool = False  # one skill from a group's successes and failures
-    asynchronous: bool = False  # endpoint: enters when it is there; not reproducible
+    # Endpoint: a skill enters when it is there; not reproducible. Of more requests than
+    # 4 × concurrency or two iterations' worth that wait the oldest are dropped as late.
+    asynchronous: bool = False
     retrieval: str = "ucb"  # a mixture: [shelf:]rule+…, see skills/retrieval.py
     exploration: float = 1.0  # c of UCB; 0.3 earns more over 500 shows of 20 skills
     embedding: str = "hashed"  # of retrieval; or sentence-transformers:MODEL

@@ -13,6 +13,9 @@ from skillsd_jax.models import attention, huggingface, qwen, shapes, tokenizer
 from skillsd_jax.skills import retrieval, stock, written
 from skillsd_jax.validation import Refused, validate
 
+# What a writer of skills costs; a template costs nothing.
+COSTS = {"endpoint": "pays a server", "policy": "takes the time of every iteration"}
+
 
 def check(config: settings.Config) -> None:
     """Values, method, skills, weights, environment, libraries, in this order.
@@ -88,11 +91,15 @@ def _check_skills(config: settings.Config) -> None:
         raise Refused(str(fault)) from fault
     hinted = method.student_skill or config.rollout.hinted_groups
     reads = hinted or method.shown == "skill"
-    if skills.maker == "endpoint" and not reads:
+    wrong = ""
+    if not reads:
+        wrong = f"objective.name={config.objective.name} reads none of the bank"
+    elif not retrieval.shows(skills.retrieval):
+        wrong = f"skills.retrieval={skills.retrieval} shows none"
+    if skills.maker in COSTS and wrong:
         raise Refused(
-            f"skills.maker=endpoint pays a server for skills that nobody is shown: "
-            f"objective.name={config.objective.name} reads none of the bank; leave "
-            "skills.maker=template, or take a method that shows them"
+            f"skills.maker={skills.maker} {COSTS[skills.maker]} for skills that nobody "
+            f"is shown: {wrong}; leave skills.maker=template, or show them"
         )
 
 

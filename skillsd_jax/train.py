@@ -149,10 +149,10 @@ class Run:
 
     def _make_skills(self, stack: contextlib.ExitStack) -> None:
         keys = functools.partial(key_for, self.config.seed, "summary")
-        self.summaries = summaries.Summaries(self.config, self.player, keys)
+        say = self.progress.say
+        self.summaries = summaries.Summaries(self.config, self.player, keys, say)
         stack.callback(self.summaries.close)
-        families, say = self.stage.local.families, self.progress.say
-        self.bank = self.summaries.open_bank(families, say)
+        self.bank = self.summaries.open_bank(self.stage.local.families)
 
     def _updates(self) -> int:
         """Optimiser steps per iteration, at most."""

@@ -71,6 +71,15 @@ def check(text: str, vectors: str = "hashed") -> None:
     embedding.check(vectors)
 
 
+def shows(text: str) -> bool:
+    """Whether a mixture ever shows a skill.
+
+    Raises:
+      ValueError: an unknown shelf or rule.
+    """
+    return any(rule != "none" for _, rule in _parts(text))
+
+
 @dataclasses.dataclass(frozen=True)
 class Pool:
     """The skills that a rule chooses among, n of them, oldest first.
