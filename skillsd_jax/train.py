@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,16 @@ import numpy as np
 from skillsd_jax import (
     agent,
     artifacts,
-    checkpoint,
     experience,
     imitate,
     learner,
     metrics,
+    optimizers,
     panels,
     practice,
     preflight,
     rollout,
+    savepoint,
     summaries,
     timing,
     tokens,
@@ -34,7 +34,6 @@ from skillsd_jax import (
 )
 from skillsd_jax import config as settings
 from skillsd_jax.losses.objective import recipe
-from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills import summarizer
 
 PURPOSES = ("rollout", "evaluate", "teacher", "summary")
@@ -55,19 +54,10 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     """
     preflight.check(config)
     validation.claim_workdir(workdir, config)
-    compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
-    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    timing.keep_compiled(artifacts.cache_folder(config.cache) / "compiled")
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
-
-
-def _machine() -> str:
-    """Names what compiled programs depend on: jaxlib and the processor's features."""
-    described = Path("/proc/cpuinfo")
-    features = described.read_text() if described.exists() else platform.processor()
-    flags = {line for line in features.split("\n") if line.startswith("flags")}
-    return artifacts.content_hash(jax.lib.__version__, platform.machine(), flags)
 
 
 def key_for(seed: int, purpose: str, index: int = 0) -> jax.Array:
@@ -127,8 +117,8 @@ class Run:
             )
             stack.callback(self.panels.close)
             self.progress.say(self.panels.describe())
-        self.checkpoints = checkpoint.Checkpointer(
-            workdir / "checkpoints", config.keep_checkpoints
+        self.savepoints = savepoint.Savepoints(
+            workdir, config.keep_checkpoints, self.fixed, self.origin, progress.say
         )
 
     def _make_learner(self) -> None:
@@ -140,11 +130,13 @@ class Run:
                     self.config, self.agent, self.progress.say
                 )
         self.teacher_record = {"kind": kind, **record}
-        updates = self.config.iterations * self._updates()
+        steps = optimizers.per_iteration(self.config.optimizer, self.batch_rows)
+        updates = self.config.iterations * steps
         self.learner = learner.Learner(self.player.model, self.config, updates, model)
         self.state = self.learner.init(self.agent.params, weights)
+        self.fixed = ("frozen", "teacher") if kind == "external" else ("frozen",)
         self.origin = agent.origin_of(
-            self.player.encoder, self.state.frozen, self._fixed().get("teacher")
+            self.player.encoder, *(getattr(self.state, name) for name in self.fixed)
         )
 
     def _make_skills(self, stack: contextlib.ExitStack) -> None:
@@ -152,13 +144,6 @@ class Run:
         self.bank = summaries.open_bank(self.config.skills)
         self.summaries = summaries.Summaries(self.config, self.player, keys)
         stack.callback(self.summaries.close)
-
-    def _updates(self) -> int:
-        """Optimiser steps per iteration, at most."""
-        setting = self.config.optimizer
-        if setting.minibatch_rows:
-            return -(-self.batch_rows // setting.minibatch_rows)
-        return setting.minibatches
 
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
@@ -187,7 +172,7 @@ class Run:
             ):
                 self._save(done)
         self.writer.close()
-        self.checkpoints.close()
+        self.savepoints.close()
         self.compilations.close()
         return self._after()
 
@@ -326,46 +311,28 @@ class Run:
 
     def _save(self, done: int) -> None:
         with self.clock("checkpoint"):
-            host = {
-                "figures": self.host,
-                "bank": self.bank.state(),
-                "summaries": self.summaries.state(),
-                "environment_steps": self.environment_steps,
-                "seconds": dict(self.clock.total),
-                "origin": self.origin,
-            }
-            self.checkpoints.save(done, self._moving(), host)
-            self.bank.save(self.workdir / "skills.jsonl")
+            standing = savepoint.Standing(
+                state=self.state,
+                bank=self.bank,
+                pending=self.summaries.state(),
+                figures=self.host,
+                environment_steps=self.environment_steps,
+                seconds=dict(self.clock.total),
+            )
+            self.savepoints.save(done, standing)
 
     def _restore(self) -> int:
-        """Takes up the last checkpoint; returns the iteration to go on with."""
-        found = self.checkpoints.restore(self._moving())
+        """Takes up the last savepoint; returns the iteration to go on with."""
+        found = self.savepoints.restore(self.state)
         if found is None:
             return 0
-        done, moving, host = found
-        try:
-            agent.check_origin(host["origin"], self.origin)
-        except ValueError as fault:
-            raise validation.Refused(f"{self.workdir}: {fault}") from fault
-        self.state = dataclasses.replace(moving, **self._fixed())
-        self.host = host["figures"]
-        self.bank = skill_bank.Bank.from_state(host["bank"])
-        self.summaries.restore(host.get("summaries", ()))
-        self.environment_steps = host["environment_steps"]
-        self.clock = timing.Clock(host["seconds"])
-        self.progress.say(f"resumed after iteration {done}")
+        done, standing = found
+        self.state, self.bank = standing.state, standing.bank
+        self.summaries.restore(standing.pending)
+        self.host = standing.figures
+        self.environment_steps = standing.environment_steps
+        self.clock = timing.Clock(standing.seconds)
         return done
-
-    def _fixed(self) -> dict[str, Any]:
-        """What never changes: the base beside adapters, an external teacher."""
-        fixed = {"frozen": self.state.frozen}
-        if self.teacher_record["kind"] == "external":
-            fixed["teacher"] = self.state.teacher
-        return fixed
-
-    def _moving(self) -> learner.LearnerState:
-        """What a checkpoint holds."""
-        return dataclasses.replace(self.state, **dict.fromkeys(self._fixed()))
 
     def _after(self) -> dict[str, Any]:
         """Final figures, summary.json and the table."""

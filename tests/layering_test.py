@@ -17,7 +17,7 @@ PACKAGE = ROOT / "skillsd_jax"
 LINES = (
     ("main", "export", "inspect"),
     ("inspection", "train"),
-    ("preflight",),
+    ("preflight", "savepoint"),
     ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
     ("rollout", "learner", "checkpoint", "metrics", "timing"),
