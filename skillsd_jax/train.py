@@ -6,7 +6,6 @@ tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve 
 
 import collections
 import contextlib
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ from skillsd_jax import (
     agent,
     artifacts,
     experience,
+    guard,
     imitate,
     learner,
     metrics,
     optimizers,
     panels,
     practice,
+    preemption,
     preflight,
     rollout,
     savepoint,
@@ -51,11 +52,14 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
 
     Raises:
       validation.Refused: the run cannot work; nothing has been changed.
+      validation.Stopped: it ended midway; the same call goes on.
     """
     preflight.check(config)
     validation.claim_workdir(workdir, config)
+    artifacts.sweep(Path(workdir))
     timing.keep_compiled(artifacts.cache_folder(config.cache) / "compiled")
     with contextlib.ExitStack() as stack:
+        stack.enter_context(savepoint.ending(Path(workdir)))
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
 
@@ -111,6 +115,8 @@ class Run:
         )
         self._make_skills(stack)
         self.environment_steps = 0
+        self.past_faults: dict[str, int] = {}  # of earlier parts of the run
+        self.watch = guard.Watch(workdir)
         with self.clock("panels"):
             self.panels = panels.Panels(
                 config, self.player, functools.partial(key_for, config.seed)
@@ -118,8 +124,9 @@ class Run:
             stack.callback(self.panels.close)
             self.progress.say(self.panels.describe())
         self.savepoints = savepoint.Savepoints(
-            workdir, config.keep_checkpoints, self.fixed, self.origin, progress.say
+            workdir, config, self.player, self.state, self.external, progress.say
         )
+        stack.callback(self.savepoints.close)
 
     def _make_learner(self) -> None:
         model, weights, record = None, None, {}
@@ -130,14 +137,11 @@ class Run:
                     self.config, self.agent, self.progress.say
                 )
         self.teacher_record = {"kind": kind, **record}
+        self.external = kind == "external"
         steps = optimizers.per_iteration(self.config.optimizer, self.batch_rows)
         updates = self.config.iterations * steps
         self.learner = learner.Learner(self.player.model, self.config, updates, model)
         self.state = self.learner.init(self.agent.params, weights)
-        self.fixed = ("frozen", "teacher") if kind == "external" else ("frozen",)
-        self.origin = agent.origin_of(
-            self.player.encoder, *(getattr(self.state, name) for name in self.fixed)
-        )
 
     def _make_skills(self, stack: contextlib.ExitStack) -> None:
         keys = functools.partial(key_for, self.config.seed, "summary")
@@ -161,24 +165,31 @@ class Run:
                 self.host |= self._teacher("before")
             self.clock.lap()
         self.writer = metrics.open_writer(self.config.writers, self.workdir, start)
-        for iteration in range(start, self.config.iterations):
-            record = self.iterate(iteration)
-            self.writer.write(iteration, record)
-            self.progress.iteration(iteration, record)
-            done = iteration + 1
-            if (
-                done % self.config.checkpoint_every == 0
-                or done == self.config.iterations
-            ):
-                self._save(done)
+        with preemption.Notice() as notice:
+            for iteration in range(start, self.config.iterations):
+                self._go_on(iteration, notice)
         self.writer.close()
-        self.savepoints.close()
+        self.savepoints.wait()
         self.compilations.close()
         return self._after()
 
+    def _go_on(self, iteration: int, notice: preemption.Notice) -> None:
+        """An iteration, its line of metrics.jsonl and, where it is time, a savepoint."""
+        record, done = self.iterate(iteration), iteration + 1
+        self.writer.write(iteration, record)
+        self.progress.iteration(iteration, record)
+        self.savepoints.check()
+        due = done % self.config.checkpoint_every == 0
+        if due or done == self.config.iterations or notice.given:
+            self._save(done, record.get("evaluation", {}).get("success"))
+        if notice.given:
+            self.savepoints.wait()
+            notice.stop(done, self.progress.say)
+
     def _faults(self) -> collections.Counter[str]:
         """What went wrong with environments so far."""
-        counts = collections.Counter(self.stage.counts())
+        counts = collections.Counter(self.past_faults)
+        counts.update(self.stage.counts())
         counts.update(self.panels.faults())
         return counts
 
@@ -246,7 +257,9 @@ class Run:
             batch = self._batch(rows, iteration)
         with self.clock("update"):
             self.state, sums = self.learner.update(self.state, batch)
-            return learner.means(sums)
+            found = learner.means(sums)
+        self.watch.see(iteration, found["skipped_updates"], batch)
+        return found
 
     def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.TokenBatch:
         batch = tokens.pack(
@@ -279,27 +292,21 @@ class Run:
             self.bank, self.config.skills, seed, self.player.prompter
         )
         hint = hints.text if self.recipe.student_skill else None
-        results = self.panels.standing(self.state.weights, hint)
-        return {when + name: dataclasses.asdict(r) for name, r in results.items()}
+        return self.panels.standing(self.state.weights, when, hint)
 
     def _during(self, iteration: int) -> dict[str, Any]:
-        setting, done, found = self.config.evaluate, iteration + 1, {}
-        if done == self.config.iterations:
-            return found
-        if setting.every and done % setting.every == 0:
-            result = self.panels.student(self.state.weights)
-            found["evaluation"] = dataclasses.asdict(result)
-        if setting.teacher_every and done % setting.teacher_every == 0:
-            found["teacher"] = self._teacher("")
-        return found
+        if iteration + 1 == self.config.iterations:
+            return {}
+        return self.panels.during(iteration + 1, *self._weights())
 
     def _teacher(self, when: str) -> dict[str, Any]:
-        """Figures of the teacher's panel; another model's weights are not played with."""
+        return self.panels.teacher(*self._weights(), when)
+
+    def _weights(self) -> tuple[learner.Params, learner.Params]:
+        """Student's and teacher's; another model's weights are not played with."""
         student, teacher = self.state.weights, self.state.teacher
-        external = self.teacher_record["kind"] == "external"
-        shared = teacher is None or external
-        weights = student if shared else self.state.whole(teacher)
-        return self.panels.teacher(student, weights, when)
+        shared = teacher is None or self.external
+        return student, student if shared else self.state.whole(teacher)
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
@@ -309,7 +316,7 @@ class Run:
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
         artifacts.write_atomic(path, "".join(lines))
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, score: float | None) -> None:
         with self.clock("checkpoint"):
             standing = savepoint.Standing(
                 state=self.state,
@@ -318,8 +325,10 @@ class Run:
                 figures=self.host,
                 environment_steps=self.environment_steps,
                 seconds=dict(self.clock.total),
+                faults=dict(self._faults()),
+                skipped=self.watch.row,
             )
-            self.savepoints.save(done, standing)
+            self.savepoints.save(done, standing, score)
 
     def _restore(self) -> int:
         """Takes up the last savepoint; returns the iteration to go on with."""
@@ -332,6 +341,8 @@ class Run:
         self.host = standing.figures
         self.environment_steps = standing.environment_steps
         self.clock = timing.Clock(standing.seconds)
+        self.past_faults = standing.faults
+        self.watch = guard.Watch(self.workdir, standing.skipped)
         return done
 
     def _after(self) -> dict[str, Any]:
