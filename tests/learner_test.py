@@ -338,7 +338,8 @@ def test_a_batch_that_is_not_finite_changes_nothing(params, kind):
     state, sums = made.update(state, bad)
     assert learner.means(sums)["skipped_updates"] == 2
     assert int(state.step) == 2
-    held = dataclasses.replace(state, step=before.step)
+    # Of the gap, which is finite here, the schedules go on taking notice.
+    held = dataclasses.replace(state, step=before.step, plateau=before.plateau)
     for x, y in zip(*map(jax.tree.leaves, (held, before)), strict=True):
         np.testing.assert_array_equal(x, y)
     assert made._update._cache_size() == 1
