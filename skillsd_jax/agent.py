@@ -165,7 +165,7 @@ def check_origin(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [name for name in now if now[name] and now[name] != before.get(name)]
     if not changed:
         return
-    sizes = settings.difference(before.get("network", {}), now["network"])
+    sizes = settings.difference(*(each.get("network", {}) for each in (before, now)))
     rows = [f"\n  {name}: {a} there, {b} now" for name, (a, b) in sizes.items()]
     raise ValueError(
         f"the checkpoint was trained with another {' and '.join(changed)}; give the same "
