@@ -142,13 +142,11 @@ class Learner:
     def update(
         self, state: LearnerState, batch: TokenBatch
     ) -> tuple[LearnerState, dict[str, tuple[Array, Array]]]:
-        """One iteration: an optimiser step per minibatch.
+        """One iteration: an optimiser step per minibatch whose gradient is finite.
 
         Args:
           state: donated.
           batch: as `tokens.arrange` leaves it, [M, K, micro_rows, …].
-
-        A minibatch whose loss or gradient is not finite changes nothing.
 
         Returns:
           The next state and metrics as (Σ value·weight, Σ weight) over the batch.
