@@ -114,19 +114,13 @@ class Run:
             self.expert,
         )
         self._make_skills(stack)
-        self.environment_steps = 0
-        self.past_faults: dict[str, int] = {}  # of earlier parts of the run
-        self.watch = guard.Watch(workdir)
         with self.clock("panels"):
             self.panels = panels.Panels(
                 config, self.player, functools.partial(key_for, config.seed)
             )
             stack.callback(self.panels.close)
             self.progress.say(self.panels.describe())
-        self.savepoints = savepoint.Savepoints(
-            workdir, config, self.player, self.state, self.external, progress.say
-        )
-        stack.callback(self.savepoints.close)
+        self._make_savepoints(stack)
 
     def _make_learner(self) -> None:
         model, weights, record = None, None, {}
@@ -148,6 +142,20 @@ class Run:
         self.bank = summaries.open_bank(self.config.skills)
         self.summaries = summaries.Summaries(self.config, self.player, keys)
         stack.callback(self.summaries.close)
+
+    def _make_savepoints(self, stack: contextlib.ExitStack) -> None:
+        self.environment_steps = 0
+        self.past_faults: dict[str, int] = {}  # of earlier parts of the run
+        self.watch = guard.Watch(self.workdir)
+        self.savepoints = savepoint.Savepoints(
+            self.workdir,
+            self.config,
+            self.player,
+            self.state,
+            self.external,
+            self.progress.say,
+        )
+        stack.callback(self.savepoints.close)
 
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
