@@ -264,7 +264,8 @@ class Config:
     seed: int = 0
     iterations: int = 40
     checkpoint_every: int = 5  # iterations
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_best: int = 0  # besides, by success in the evaluation of their iteration
     sample_trajectories: int = 4  # written to trajectories/ per iteration
     cache: str = ""  # warm starts and tokenizers; "": the user's cache folder
     writers: str = ""  # comma-separated extra sinks: tensorboard, wandb

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax import config as settings
-from skillsd_jax import optimizers, tokens
+from skillsd_jax import guard, optimizers, teachers, tokens
 from skillsd_jax.losses import masking, mismatch, objective, schedules
 from skillsd_jax.models import lora, qwen, scoring
 from skillsd_jax.tokens import TokenBatch
@@ -142,7 +142,7 @@ class Learner:
     def update(
         self, state: LearnerState, batch: TokenBatch
     ) -> tuple[LearnerState, dict[str, tuple[Array, Array]]]:
-        """One iteration: an optimiser step per minibatch.
+        """One iteration: an optimiser step per minibatch whose gradient is finite.
 
         Args:
           state: donated.
@@ -160,14 +160,17 @@ class Learner:
             params, moments = carry
             gradient, sums, scored = self._gradient(state, params, *part)
             filled = jnp.any(part[0].mask > 0)
-            sums["grad_norm"] = (optax.global_norm(gradient), jnp.float32(filled))
+            norm = optax.global_norm(gradient)
+            sound = guard.sound(norm, sums)
+            sums["grad_norm"] = (norm, jnp.float32(filled))
             sums["minibatches"] = (jnp.float32(filled), jnp.zeros(()))
+            sums["skipped_updates"] = (jnp.float32(filled & ~sound), jnp.zeros(()))
 
             def apply():
                 change, following = self.optimizer.update(gradient, moments, params)
                 return optax.apply_updates(params, change), following
 
-            following = jax.lax.cond(filled, apply, lambda: (params, moments))
+            following = jax.lax.cond(filled & sound, apply, lambda: (params, moments))
             return following, (sums, scored)
 
         (params, moments), (sums, scored) = jax.lax.scan(
@@ -175,32 +178,20 @@ class Learner:
         )
         sums = jax.tree.map(lambda x: x.sum(0), sums)
         sums |= self._mismatch(batch, whole, scored)
-        step = state.step + 1
+        step, skipped = state.step + 1, sums["skipped_updates"][0]
+        learned = (skipped == 0) | (skipped < sums["minibatches"][0])
+        kind, setting = self.teacher_kind, self.config.teacher
         following = dataclasses.replace(
             state,
             step=step,
             params=params,
             optimizer=moments,
-            teacher=self._sync(step, state.teacher, params),
+            teacher=teachers.follow(
+                kind, setting, step, learned, state.teacher, params
+            ),
             plateau=self._follow(state.plateau, sums),
         )
         return following, sums
-
-    def _sync(self, step, teacher, params):
-        """Brings the teacher up to the student as its kind says."""
-        setting = self.config.teacher
-        if teacher is None or self.teacher_kind not in ("periodic", "ema"):
-            return teacher
-        due = step % setting.every == 0
-
-        def copied(old, new):
-            return jnp.where(due, new, old)
-
-        def mixed(old, new):
-            return old + setting.rate * (new - old)
-
-        follow = copied if self.teacher_kind == "periodic" else mixed
-        return jax.tree.map(follow, teacher, params)
 
     def _follow(self, plateau: schedules.Plateau, sums) -> schedules.Plateau:
         if "gap_squared" not in sums:
@@ -385,7 +376,8 @@ def means(sums: dict[str, tuple[Array, Array]]) -> dict[str, float]:
     no tokens is left out where it is that of a place, and 0 where it is that of all.
     """
     values = jax.device_get(sums)
-    minibatches, out = float(values.pop("minibatches")[0]), {}
+    minibatches = float(values.pop("minibatches")[0])
+    out = {"skipped_updates": float(values.pop("skipped_updates")[0])}
     for name, (total, weight) in sorted(values.items()):
         if name.startswith("gap_") and name != "gap_squared" and not weight:
             continue  # of turns that nobody reached, of words that nobody thought

@@ -6,9 +6,7 @@ tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve 
 
 import collections
 import contextlib
-import dataclasses
 import functools
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,18 @@ import numpy as np
 from skillsd_jax import (
     agent,
     artifacts,
-    checkpoint,
     experience,
+    guard,
     imitate,
     learner,
     metrics,
+    optimizers,
     panels,
     practice,
+    preemption,
     preflight,
     rollout,
+    savepoint,
     showing,
     summaries,
     timing,
@@ -35,7 +36,6 @@ from skillsd_jax import (
 )
 from skillsd_jax import config as settings
 from skillsd_jax.losses.objective import recipe
-from skillsd_jax.skills import bank as skill_bank
 
 PURPOSES = ("rollout", "evaluate", "teacher", "summary")
 
@@ -52,22 +52,16 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
 
     Raises:
       validation.Refused: the run cannot work; nothing has been changed.
+      validation.Stopped: it ended midway; the same call goes on.
     """
     preflight.check(config)
-    compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
-    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    timing.keep_compiled(artifacts.cache_folder(config.cache) / "compiled")
     with contextlib.ExitStack() as stack:
         stack.enter_context(validation.claimed(workdir, config))
+        artifacts.sweep(Path(workdir))
+        stack.enter_context(savepoint.ending(Path(workdir)))
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
-
-
-def _machine() -> str:
-    """Names what compiled programs depend on: jaxlib and the processor's features."""
-    described = Path("/proc/cpuinfo")
-    features = described.read_text() if described.exists() else platform.processor()
-    flags = {line for line in features.split("\n") if line.startswith("flags")}
-    return artifacts.content_hash(jax.lib.__version__, platform.machine(), flags)
 
 
 def key_for(seed: int, purpose: str, index: int = 0) -> jax.Array:
@@ -120,16 +114,13 @@ class Run:
             self.expert,
         )
         self._make_skills(stack)
-        self.environment_steps = 0
         with self.clock("panels"):
             self.panels = panels.Panels(
                 config, self.player, functools.partial(key_for, config.seed)
             )
             stack.callback(self.panels.close)
             self.progress.say(self.panels.describe())
-        self.checkpoints = checkpoint.Checkpointer(
-            workdir / "checkpoints", config.keep_checkpoints
-        )
+        self._make_savepoints(stack)
 
     def _make_learner(self) -> None:
         model, weights, record = None, None, {}
@@ -140,12 +131,11 @@ class Run:
                     self.config, self.agent, self.progress.say
                 )
         self.teacher_record = {"kind": kind, **record}
-        updates = self.config.iterations * self._updates()
+        self.external = kind == "external"
+        steps = optimizers.per_iteration(self.config.optimizer, self.batch_rows)
+        updates = self.config.iterations * steps
         self.learner = learner.Learner(self.player.model, self.config, updates, model)
         self.state = self.learner.init(self.agent.params, weights)
-        self.origin = agent.origin_of(
-            self.player.encoder, self.state.frozen, self._fixed().get("teacher")
-        )
 
     def _make_skills(self, stack: contextlib.ExitStack) -> None:
         keys = functools.partial(key_for, self.config.seed, "summary")
@@ -154,12 +144,19 @@ class Run:
         stack.callback(self.summaries.close)
         self.bank = self.summaries.open_bank(self.stage.local.families)
 
-    def _updates(self) -> int:
-        """Optimiser steps per iteration, at most."""
-        setting = self.config.optimizer
-        if setting.minibatch_rows:
-            return -(-self.batch_rows // setting.minibatch_rows)
-        return setting.minibatches
+    def _make_savepoints(self, stack: contextlib.ExitStack) -> None:
+        self.environment_steps = 0
+        self.past_faults: dict[str, int] = {}  # of earlier parts of the run
+        self.watch = guard.Watch(self.workdir)
+        self.savepoints = savepoint.Savepoints(
+            self.workdir,
+            self.config,
+            self.player,
+            self.state,
+            self.external,
+            self.progress.say,
+        )
+        stack.callback(self.savepoints.close)
 
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
@@ -177,22 +174,31 @@ class Run:
                 self.host |= self._teacher("before")
             self.clock.lap()
         self.writer = metrics.open_writer(self.config.writers, self.workdir, start)
-        for iteration in range(start, self.config.iterations):
-            record = self.iterate(iteration)
-            self.writer.write(iteration, record)
-            self.progress.iteration(iteration, record)
-            done = iteration + 1
-            last = done == self.config.iterations
-            if last or done % self.config.checkpoint_every == 0:
-                self._save(done)
+        with preemption.Notice() as notice:
+            for iteration in range(start, self.config.iterations):
+                self._go_on(iteration, notice)
         self.writer.close()
-        self.checkpoints.close()
+        self.savepoints.wait()
         self.compilations.close()
         return self._after()
 
+    def _go_on(self, iteration: int, notice: preemption.Notice) -> None:
+        """An iteration, its line of metrics.jsonl and, where it is time, a savepoint."""
+        record, done = self.iterate(iteration), iteration + 1
+        self.writer.write(iteration, record)
+        self.progress.iteration(iteration, record)
+        self.savepoints.check()
+        due = done % self.config.checkpoint_every == 0
+        if due or done == self.config.iterations or notice.given:
+            self._save(done, record.get("evaluation", {}).get("success"))
+        if notice.given:
+            self.savepoints.wait()
+            notice.stop(done, self.progress.say)
+
     def _faults(self) -> collections.Counter[str]:
         """What went wrong with environments so far."""
-        counts = collections.Counter(self.stage.counts())
+        counts = collections.Counter(self.past_faults)
+        counts.update(self.stage.counts())
         counts.update(self.panels.faults())
         return counts
 
@@ -261,7 +267,9 @@ class Run:
             batch = self._batch(rows, iteration)
         with self.clock("update"):
             self.state, sums = self.learner.update(self.state, batch)
-            return learner.means(sums)
+            found = learner.means(sums)
+        self.watch.see(iteration, found["skipped_updates"], batch)
+        return found
 
     def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.TokenBatch:
         batch = tokens.pack(
@@ -290,26 +298,21 @@ class Run:
         prompter = self.player.prompter
         hints = showing.Hints(self.bank, self.config.skills, seed, prompter)
         hint = hints.text if self.recipe.student_skill else None
-        results = self.panels.standing(self.state.weights, hint)
-        return {when + name: dataclasses.asdict(r) for name, r in results.items()}
+        return self.panels.standing(self.state.weights, when, hint)
 
     def _during(self, iteration: int) -> dict[str, Any]:
-        setting, done, found = self.config.evaluate, iteration + 1, {}
-        if done == self.config.iterations:
-            return found
-        if setting.every and done % setting.every == 0:
-            result = self.panels.student(self.state.weights)
-            found["evaluation"] = dataclasses.asdict(result)
-        if setting.teacher_every and done % setting.teacher_every == 0:
-            found["teacher"] = self._teacher("")
-        return found
+        if iteration + 1 == self.config.iterations:
+            return {}
+        return self.panels.during(iteration + 1, *self._weights())
 
     def _teacher(self, when: str) -> dict[str, Any]:
-        """Figures of the teacher's panel; another model's weights are not played with."""
+        return self.panels.teacher(*self._weights(), when)
+
+    def _weights(self) -> tuple[learner.Params, learner.Params]:
+        """Student's and teacher's; another model's weights are not played with."""
         student, teacher = self.state.weights, self.state.teacher
-        shared = teacher is None or self.teacher_record["kind"] == "external"
-        weights = student if shared else self.state.whole(teacher)
-        return self.panels.teacher(student, weights, when)
+        shared = teacher is None or self.external
+        return student, student if shared else self.state.whole(teacher)
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
@@ -320,48 +323,34 @@ class Run:
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
         artifacts.write_atomic(path, "".join(lines))
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, score: float | None) -> None:
         with self.clock("checkpoint"):
-            host = {
-                "figures": self.host,
-                "bank": self.bank.state(),
-                "summaries": self.summaries.state(),
-                "environment_steps": self.environment_steps,
-                "seconds": dict(self.clock.total),
-                "origin": self.origin,
-            }
-            self.checkpoints.save(done, self._moving(), host)
-            self.bank.save(self.workdir / "skills.jsonl")
+            standing = savepoint.Standing(
+                state=self.state,
+                bank=self.bank,
+                pending=self.summaries.state(),
+                figures=self.host,
+                environment_steps=self.environment_steps,
+                seconds=dict(self.clock.total),
+                faults=dict(self._faults()),
+                skipped=self.watch.row,
+            )
+            self.savepoints.save(done, standing, score)
 
     def _restore(self) -> int:
-        """Takes up the last checkpoint; returns the iteration to go on with."""
-        found = self.checkpoints.restore(self._moving())
+        """Takes up the last savepoint; returns the iteration to go on with."""
+        found = self.savepoints.restore(self.state)
         if found is None:
             return 0
-        done, moving, host = found
-        try:
-            agent.check_origin(host["origin"], self.origin)
-        except ValueError as fault:
-            raise validation.Refused(f"{self.workdir}: {fault}") from fault
-        self.state = dataclasses.replace(moving, **self._fixed())
-        self.host = host["figures"]
-        self.bank = skill_bank.Bank.from_state(host["bank"])
-        self.summaries.restore(host.get("summaries", ()))
-        self.environment_steps = host["environment_steps"]
-        self.clock = timing.Clock(host["seconds"])
-        self.progress.say(f"resumed after iteration {done}")
+        done, standing = found
+        self.state, self.bank = standing.state, standing.bank
+        self.summaries.restore(standing.pending)
+        self.host = standing.figures
+        self.environment_steps = standing.environment_steps
+        self.clock = timing.Clock(standing.seconds)
+        self.past_faults = standing.faults
+        self.watch = guard.Watch(self.workdir, standing.skipped)
         return done
-
-    def _fixed(self) -> dict[str, Any]:
-        """What never changes: the base beside adapters, an external teacher."""
-        fixed = {"frozen": self.state.frozen}
-        if self.teacher_record["kind"] == "external":
-            fixed["teacher"] = self.state.teacher
-        return fixed
-
-    def _moving(self) -> learner.LearnerState:
-        """What a checkpoint holds."""
-        return dataclasses.replace(self.state, **dict.fromkeys(self._fixed()))
 
     def _after(self) -> dict[str, Any]:
         """Final figures, summary.json and the table."""

@@ -28,6 +28,13 @@ class Refused(ValueError):
     """
 
 
+class Stopped(SystemExit):
+    """Ends the program midway, without a traceback; the same command goes on.
+
+    Its argument is the message, or the exit status where all was said.
+    """
+
+
 # Settings that name one of a fixed list. Names that live in a dict further up
 # (objectives, environments) are given to `validate` by its caller.
 CHOICES: dict[str, Collection[str]] = {
@@ -63,6 +70,7 @@ CHOICES: dict[str, Collection[str]] = {
 MAY_BE_ZERO = (
     "seed",
     "iterations",
+    "keep_best",
     "environment.sokoban.min_pushes",
     "environment.sokoban.min_moves",
     "environment.alfworld.max_receptacles",
@@ -160,6 +168,7 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
         raise Refused(f"evaluate.top_p={config.evaluate.top_p} must be at most 1")
     _check_correction(config.rollout)
     _check_lag(config.skills)
+    _check_best(config)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -261,6 +270,19 @@ def _check_lag(skills: Skills) -> None:
         )
 
 
+def _check_best(config: Config) -> None:
+    """The best are told by evaluations, and the last iteration has none of its own."""
+    meet = math.lcm(config.checkpoint_every, config.evaluate.every)
+    if config.keep_best and not 0 < meet < config.iterations:
+        raise Refused(
+            f"keep_best={config.keep_best} keeps checkpoints of iterations that were "
+            f"evaluated, and with checkpoint_every={config.checkpoint_every}, "
+            f"evaluate.every={config.evaluate.every} and iterations="
+            f"{config.iterations} there are none; set evaluate.every to "
+            f"{config.checkpoint_every}, or keep_best to 0"
+        )
+
+
 def _check_lengths(config: Config) -> None:
     rollout, prompt = config.rollout, config.prompt
     if rollout.rows % rollout.cohorts:
@@ -319,9 +341,11 @@ def claim_workdir(workdir: str, config: Config) -> bool:
     path = Path(workdir) / "config.json"
     try:
         before = _completed(json.loads(path.read_text())) if path.exists() else None
-        if before is None:
+        changed = difference(before or {}, to_dict(config))
+        if before is None or not changed:
+            # Also where it is there already: the folder may have become read-only.
             write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
-            return False
+            return before is not None
     except OSError as error:
         raise Refused(
             f"workdir {workdir!r} cannot be used: {error.strerror}; "
@@ -329,14 +353,11 @@ def claim_workdir(workdir: str, config: Config) -> bool:
         ) from error
     except json.JSONDecodeError as error:
         raise Refused(f"{path} is damaged; pass another --workdir") from error
-    changed = difference(before, to_dict(config))
-    if changed:
-        rows = [f"  {name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items()]
-        raise Refused(
-            f"workdir {workdir!r} belongs to a run with other settings; pass another "
-            f"--workdir or the same settings\n" + "\n".join(rows)
-        )
-    return True
+    rows = [f"  {name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items()]
+    raise Refused(
+        f"workdir {workdir!r} belongs to a run with other settings; pass another "
+        f"--workdir or the same settings\n" + "\n".join(rows)
+    )
 
 
 @contextlib.contextmanager

@@ -17,16 +17,16 @@ PACKAGE = ROOT / "skillsd_jax"
 LINES = (
     ("main", "export", "inspect"),
     ("inspection", "train"),
-    ("preflight",),
+    ("preflight", "savepoint"),
     ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
-    ("rollout", "learner", "checkpoint", "metrics", "timing"),
-    ("episode", "slots", "optimizers", "showing"),
+    ("rollout", "learner", "checkpoint", "metrics", "timing", "preemption"),
+    ("episode", "guard", "optimizers", "showing", "slots", "teachers"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
     ("models",),
     ("presets",),
-    ("validation", "tokens", "sharding"),
+    ("manifest", "sharding", "tokens", "validation"),
     ("trajectory", "config", "artifacts"),
 )
 ENTRY_POINTS = LINES[0]
@@ -37,6 +37,7 @@ WITHOUT_JAX = (
     "showing",
     "prompts",
     "presets",
+    "manifest",
     "validation",
     "trajectory",
     "config",

@@ -317,6 +317,52 @@ def test_a_retired_teacher_teaches_no_more(params):
     np.testing.assert_allclose(seen, [0.1, 0.1, 0.1, 0, 0], atol=1e-7)
 
 
+def poisoned(data, rows):
+    """The same batch, and a log-prob of these rows that no sampler could have."""
+    old = data.old.copy()
+    old[rows, 0] = np.nan
+    return dataclasses.replace(data, old=old)
+
+
+@pytest.mark.parametrize("kind", ["ema", "periodic"])
+def test_a_batch_that_is_not_finite_changes_nothing(params, kind):
+    config = configured(minibatches=2)
+    config.teacher.kind, config.teacher.every = kind, 1
+    made = learner.Learner(MODEL, config, updates=10)
+    data, order = batch(), np.arange(ROWS)
+    state = made.init(jax.tree.map(jnp.copy, params))
+    state, sums = made.update(state, tokens.arrange(data, order, config.optimizer))
+    assert learner.means(sums)["skipped_updates"] == 0
+    before = jax.tree.map(np.array, state)
+    bad = tokens.arrange(poisoned(data, order), order, config.optimizer)
+    state, sums = made.update(state, bad)
+    assert learner.means(sums)["skipped_updates"] == 2
+    assert int(state.step) == 2
+    # Of the gap, which is finite here, the schedules go on taking notice.
+    held = dataclasses.replace(state, step=before.step, plateau=before.plateau)
+    for x, y in zip(*map(jax.tree.leaves, (held, before)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert made._update._cache_size() == 1
+
+
+def test_of_two_minibatches_the_one_that_is_finite_counts(params):
+    config = configured(minibatches=2)
+    config.teacher.kind = "ema"
+    made = learner.Learner(MODEL, config, updates=10)
+    order = np.arange(ROWS)
+    arranged = tokens.arrange(batch(), order, config.optimizer)
+    half = dataclasses.replace(arranged, old=arranged.old.copy())
+    half.old[1] = np.nan
+    first = jax.tree.map(lambda x: x[:1], arranged)
+    state, sums = made.update(made.init(jax.tree.map(jnp.copy, params)), half)
+    assert learner.means(sums)["skipped_updates"] == 1
+    wanted, _ = made.update(made.init(jax.tree.map(jnp.copy, params)), first)
+    assert_same(state.params, wanted.params, 1e-6)
+    assert_same(state.optimizer, wanted.optimizer, 1e-6)
+    assert_same(state.teacher, wanted.teacher, 1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
 def test_a_live_teacher_is_the_student_itself(params):
     config = configured(learning_rate=1e-3)
     config.teacher.kind = "live"

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from skillsd_jax import checkpoint, inspection, metrics, practice, train, validation
+from skillsd_jax import (
+    checkpoint,
+    inspection,
+    learner,
+    manifest,
+    metrics,
+    practice,
+    train,
+    validation,
+)
 from skillsd_jax import config as settings
 from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import OBJECTIVES
@@ -139,6 +148,50 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(finished, monkeypatch):
     assert resumed["after"] == summary["after"]
     skills = [(tmp / name / "skills.jsonl").read_text() for name in ("work", "resumed")]
     assert skills[0] == skills[1]
+
+
+def test_updates_that_are_not_finite_end_the_run_and_leave_the_batch(
+    finished, monkeypatch
+):
+    """Counted over an interruption: two before it, the third after."""
+    tmp, work = finished[0], finished[0] / "not-finite"
+    means = learner.means
+    monkeypatch.setattr(
+        learner, "means", lambda sums: means(sums) | {"skipped_updates": 1.0}
+    )
+    whole = train.Run.iterate
+
+    def broken(self, iteration):
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return whole(self, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "iterate", broken)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(toy(tmp), str(work))
+    with pytest.raises(validation.Stopped, match="in iterations 1 to 3"):
+        train.run(toy(tmp), str(work))
+    with np.load(work / "not-finite-000002.npz") as saved:
+        assert {"mask", "old", "student.tokens", "teacher.scored"} <= set(saved)
+    assert len(metrics.read(work / "metrics.jsonl")) == 2
+
+
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(finished, monkeypatch):
+    tmp, work = finished[0], finished[0] / "full"
+    write = manifest.write
+
+    def full(folder, about):
+        if folder.name == ".part-4":
+            raise OSError(28, "No space left on device")
+        write(folder, about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", full)
+        with pytest.raises(validation.Stopped, match="free.*no space left; 2 is still"):
+            train.run(toy(tmp), str(work))
+    train.run(toy(tmp), str(work))
+    assert figures(work) == figures(tmp / "work")
 
 
 def adapted(tmp: Path) -> settings.Config:
