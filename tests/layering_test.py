@@ -20,7 +20,7 @@ LINES = (
     ("preflight",),
     ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
-    ("rollout", "learner", "checkpoint", "metrics", "timing"),
+    ("rollout", "learner", "checkpoint", "metrics", "timing", "machine"),
     ("episode", "slots", "optimizers"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
