@@ -20,7 +20,7 @@ LINES = (
     ("preflight", "savepoint"),
     ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
-    ("rollout", "learner", "checkpoint", "metrics", "timing", "preemption"),
+    ("rollout", "learner", "checkpoint", "metrics", "timing", "preemption", "machine"),
     ("episode", "guard", "optimizers", "showing", "slots", "teachers"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
