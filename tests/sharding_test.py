@@ -158,7 +158,7 @@ from skillsd_jax.models import attention, qwen
 from skillsd_jax.sampler import Decoding
 
 SHAPE = qwen.ModelConfig(
-    vocab=32, width=32, layers=2, heads=4, kv_heads=2, head_size=8, hidden=32
+    vocab=32, width=32, layers=1, heads=4, kv_heads=2, head_size=8, hidden=32
 )
 
 def said(sizes, gathered, still, rows=8):
@@ -185,7 +185,7 @@ def said(sizes, gathered, still, rows=8):
         return out, sizes, slots._speak._cache_size()
 
 want, whole, _ = said((1, 1, 1), False, False)
-for sizes, gathered in (((2, 2, 2), True), ((1, 4, 2), False), ((8, 1, 1), True)):
+for sizes, gathered in (((2, 2, 2), True), ((1, 4, 2), False)):
     found, part, before = said(sizes, gathered, True)
     for (ids, logprob), (right, wanted) in zip(found, want):
         np.testing.assert_array_equal(ids, right)
