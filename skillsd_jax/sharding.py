@@ -222,7 +222,6 @@ def looked_up(x: jax.Array) -> jax.Array:
     An axis at a time: of one leap the compiler makes the whole of all rows everywhere.
     """
     between = (None,) * (x.ndim - 2)
-    x = split(x, "data", *between, HEAD)
     return rows(split(x, ROWS, *between, "tp"))
 
 
