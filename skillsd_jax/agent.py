@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import skillsd_jax
-from skillsd_jax import artifacts, imitate, rollout
+from skillsd_jax import artifacts, imitate, rollout, sharding
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.models import huggingface, lora, qwen, shapes, tokenizer
@@ -73,6 +73,7 @@ def make_agent(config: settings.Config, say: Callable[[str], None]) -> Agent:
         config.rollout.rows,
         config.rollout.cohorts,
         config.rollout.reuse_prefix,
+        gathered=config.mesh.sampler == "replicated",
     )
     return Agent(player, params, record)
 
@@ -216,7 +217,9 @@ def check_words(
 
 def _pretrained(folder: str, config: settings.Model):
     """Shape and float32 masters of a Hugging Face folder."""
-    model, params = huggingface.load(folder, dtype="float32")
+    model, params = huggingface.load(
+        folder, dtype="float32", sharding=sharding.shardings
+    )
     return _computed(model, config), params
 
 
@@ -386,7 +389,8 @@ def _save(folder: Path, made) -> None:
 def _load(folder: Path):
     text = json.loads((folder / "agent.json").read_text())
     with np.load(folder / "params.npz") as flat:
-        arrays = {name: jax.numpy.asarray(flat[name]) for name in flat}
+        arrays = {name: flat[name] for name in flat}
     params = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    params = jax.tree.map(jax.numpy.asarray, sharding.put(params))
     words = tokenizer.load(folder / "tokenizer")
     return words, qwen.ModelConfig(**text["model"]), params, text["record"]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from skillsd_jax import config as settings
-from skillsd_jax import prompts, rollout, slots
+from skillsd_jax import prompts, rollout, sharding, slots
 from skillsd_jax.models import qwen
 from skillsd_jax.sampler import Decoding
 
@@ -52,7 +52,7 @@ class Author:
           key: of all sampling.
           requests: untrusted text.
         """
-        voice = self._voice(rollout.apart(self.player.model, params), key)
+        voice = self._voice(self.player.apart(params), key)
         answers: list[str] = []
         for first in range(0, len(requests), self.rows):
             part = requests[first : first + self.rows]
@@ -76,13 +76,13 @@ class Author:
 
     def warm_up(self, params: qwen.Params) -> None:
         """Compiles every shape that `write` may use."""
-        params = rollout.apart(self.player.model, params)
-        self._voice(params, jax.random.key(0)).warm_up()
+        self._voice(self.player.apart(params), jax.random.key(0)).warm_up()
 
     def _voice(self, params: qwen.Params, key: jax.Array) -> slots.Fresh:
         how = Decoding(max_new=self.limit, stop_ids=self.player.stop_ids)
         speaker = slots.Voice(self.player.model, params, how, key, self.temperature)
-        return slots.Fresh(speaker, [self.rows], self.length)
+        ways = sharding.ways()
+        return slots.Fresh(speaker, [-(-self.rows // ways) * ways], self.length)
 
     def _text(self, ids: np.ndarray) -> str:
         spoken = ids[~np.isin(ids, self.player.stop_ids)]

@@ -80,6 +80,18 @@ class Model:
 
 
 @dataclasses.dataclass
+class Mesh:
+    """How many devices share the work; nothing but rounding depends on it."""
+
+    data: int = 1  # parts of the rows; 0: all devices that fsdp × tp leaves
+    fsdp: int = 1  # parts of the rows and of the weights
+    tp: int = 1  # parts of the heads and hidden units
+    sampler: str = (
+        "replicated"  # weights that play: whole on every fsdp part, or 'same'
+    )
+
+
+@dataclasses.dataclass
 class Prompt:
     """How the model is shown an episode. Lengths in tokens."""
 
@@ -271,6 +283,7 @@ class Config:
     writers: str = ""  # comma-separated extra sinks: tensorboard, wandb
     environment: Environment = field(default_factory=Environment)
     model: Model = field(default_factory=Model)
+    mesh: Mesh = field(default_factory=Mesh)
     prompt: Prompt = field(default_factory=Prompt)
     rollout: Rollout = field(default_factory=Rollout)
     objective: Objective = field(default_factory=Objective)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from skillsd_jax import config as settings
-from skillsd_jax import episode, prompts, rollout
+from skillsd_jax import episode, prompts, rollout, sharding
 from skillsd_jax.environments import base, pool
 from skillsd_jax.environments.stage import FAULTS
 from skillsd_jax.models import qwen, scoring
@@ -239,9 +239,9 @@ def clone(
             return (optax.apply_updates(params, change), moments), value
 
         (params, moments), losses = jax.lax.scan(step, (params, moments), keys)
-        return params, moments, losses.mean()
+        return *sharding.laid((params, moments)), losses.mean()
 
-    moments, data = rule.init(params), tuple(data)
+    moments, data = sharding.made(rule.init, params), tuple(data)
     for done in range(0, config.steps, STEPS_PER_CALL):
         count = min(STEPS_PER_CALL, config.steps - done)
         keys = jax.random.split(jax.random.fold_in(key, done), count)

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax import config as settings
-from skillsd_jax import guard, optimizers, teachers, tokens
+from skillsd_jax import guard, optimizers, sharding, teachers, tokens
 from skillsd_jax.losses import masking, mismatch, objective, schedules
 from skillsd_jax.models import lora, qwen, scoring
 from skillsd_jax.tokens import TokenBatch
@@ -121,7 +121,7 @@ class Learner:
         kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)} - {"float32"}
         if kinds:
             raise ValueError(f"weights to train must be float32, not {kinds.pop()}")
-        frozen = None
+        params, external, frozen = *sharding.put((params, external)), None
         if self.model.lora is not None:
             params, frozen = lora.split(params)
         copy = functools.partial(jax.tree.map, jnp.copy)
@@ -135,7 +135,7 @@ class Learner:
             frozen=frozen,
             teacher=copy(teacher) if stored else None,
             reference=copy(params) if self.needs_reference else None,
-            optimizer=self.optimizer.init(params),
+            optimizer=sharding.made(self.optimizer.init, params),
             plateau=schedules.Plateau.start(),
         )
 
@@ -151,7 +151,7 @@ class Learner:
         Returns:
           The next state and metrics as (Σ value·weight, Σ weight) over the batch.
         """
-        return self._update(state, batch)
+        return self._update(state, sharding.put_rows(batch, axis=2))
 
     def _iteration(self, state: LearnerState, batch: TokenBatch):
         whole = self._whole(state, batch)
@@ -191,7 +191,7 @@ class Learner:
             ),
             plateau=self._follow(state.plateau, sums),
         )
-        return following, sums
+        return sharding.laid(following), sharding.replicated(sums)
 
     def _follow(self, plateau: schedules.Plateau, sums) -> schedules.Plateau:
         if "gap_squared" not in sums:
@@ -212,6 +212,7 @@ class Learner:
         if cap := self.config.rollout.correction_cap:
             correction = mismatch.correction(old, batch.old, cap)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), batch)
+        flat = sharding.replicated(flat)
         shape = batch.mask.shape
         episodes = objective.Episodes(
             reward=flat.reward,
@@ -280,6 +281,7 @@ class Learner:
             part, share = jax.tree.map(lambda x: x[k], (batch, whole))
             found, (sums, scored) = jax.grad(loss, has_aux=True)(params, part, share)
             # All else is added up: what stands row by row is added to zeros.
+            found = sharding.laid(found)
             return found, sums, jnp.zeros_like(mask).at[k].set(scored)
 
         shapes = jax.eval_shape(micro, 0)

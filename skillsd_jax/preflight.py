@@ -1,10 +1,11 @@
 """What a run needs is there, and fits together, before anything starts."""
 
 import contextlib
+from collections.abc import Sequence
 
 import jax
 
-from skillsd_jax import agent, learner, optimizers, rollout, summaries
+from skillsd_jax import agent, learner, optimizers, rollout, sharding, summaries
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
@@ -18,7 +19,7 @@ COSTS = {"endpoint": "pays a server", "policy": "takes the time of every iterati
 
 
 def check(config: settings.Config) -> None:
-    """Values, method, skills, weights, environment, libraries, in this order.
+    """Values, method, skills, weights, environment, libraries, devices, in this order.
 
     Raises:
       Refused: the run cannot work; nothing has been changed.
@@ -35,7 +36,7 @@ def check(config: settings.Config) -> None:
     )
     _check_method(config)
     _check_skills(config)
-    _probe(config)
+    _check_mesh(config, _probe(config))
 
 
 def _check_method(config: settings.Config) -> None:
@@ -103,12 +104,15 @@ def _check_skills(config: settings.Config) -> None:
         )
 
 
-def _probe(config: settings.Config) -> None:
+def _probe(config: settings.Config) -> list[qwen.ModelConfig]:
     """Looks at the weights, starts an episode, reads the libraries for its families:
-    what is missing ends the run now."""
+    what is missing ends the run now.
+
+    Returns:
+      The student's shape and that of a folder's external teacher.
+    """
     try:
-        networks = [agent.shape(config.model)]
-        agent.adapted(config.model, networks[0])
+        networks = [agent.adapted(config.model, agent.shape(config.model))]
         if config.teacher.path:
             networks.append(huggingface.check(config.teacher.path))
             agent.check_words(config)
@@ -131,3 +135,37 @@ def _probe(config: settings.Config) -> None:
         fault = attention.refuse(kind, size, dtype, backend)
         if fault:
             raise Refused(fault)
+    return networks
+
+
+def _check_mesh(config: settings.Config, networks: Sequence[qwen.ModelConfig]) -> None:
+    """The devices are there, and rows, heads and weights can be divided among them."""
+    try:
+        mesh = sharding.make(config.mesh)
+        if mesh is None:
+            return
+        for network in networks:
+            shapes = jax.eval_shape(lambda n=network: qwen.init(n, jax.random.key(0)))
+            sharding.check(shapes, mesh.shape)
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+    ways, rollouts = mesh.shape["data"] * mesh.shape["fsdp"], config.rollout
+    for name, rows, unit in (
+        ("optimizer.micro_rows", config.optimizer.micro_rows, ways),
+        ("rollout.rows", rollouts.rows, ways * rollouts.cohorts),
+    ):
+        if rows % unit:
+            by = " × rollout.cohorts" * (unit > ways)
+            near = " or ".join(
+                str(n * unit) for n in (rows // unit, -(-rows // unit)) if n
+            )
+            raise Refused(
+                f"mesh.data × mesh.fsdp{by} = {unit} must divide {name}={rows}; set "
+                f"{name.split('.')[1]} to {near}"
+            )
+    for network in networks:
+        if network.heads % mesh.shape["tp"]:
+            raise Refused(
+                f"mesh.tp={mesh.shape['tp']} must divide the {network.heads} attention "
+                "heads; set it to 1, 2 or another divisor"
+            )

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from skillsd_jax import config as settings
-from skillsd_jax import prompts, slots
+from skillsd_jax import prompts, sharding, slots
 from skillsd_jax.environments import base, pool
 from skillsd_jax.environments.stage import Maker, Pending, Stage
 from skillsd_jax.episode import Episode, begin
@@ -37,6 +37,7 @@ class Player:
         environments of the others step.
       reuse: windowed prompts too keep what two turns share on the device.
       top_k, top_p: see sampler.Decoding; 0 and 1: every word may be drawn.
+      gathered: on a mesh, weights that play are whole on every part of 'fsdp'.
     """
 
     model: qwen.ModelConfig
@@ -47,6 +48,7 @@ class Player:
     reuse: bool = False
     top_k: int = 0
     top_p: float = 1.0
+    gathered: bool = False
 
     @property
     def prompter(self) -> prompts.Prompter:
@@ -99,12 +101,21 @@ class Player:
         texts = self.stop_texts
         return _stopping(self.encoder, self.model.vocab, texts) if texts else None
 
+    def apart(self, params: qwen.Params) -> qwen.Params:
+        """The weights as this player reads them."""
+        return apart(self.model, params, self.gathered)
+
     def voice(
         self, params: qwen.Params, key: jax.Array, temperature: float, hinted: bool
     ) -> slots.Slots | slots.Fresh:
         """What answers a cohort's turns."""
-        on_cpu = jax.default_backend() == "cpu"
-        room = slots.Room(self.cohort_rows, self.skilled_length, fine=on_cpu)
+        ways = sharding.ways()
+        room = slots.Room(
+            self.cohort_rows,
+            self.skilled_length,
+            fine=jax.default_backend() == "cpu",
+            still=ways > 1,
+        )
         how = Decoding(
             max_new=self.prompt.max_response_length,
             stop_ids=self.stop_ids,
@@ -115,7 +126,8 @@ class Player:
         speaker = slots.Voice(self.model, params, how, key, temperature, self.guide)
         if self.keeps:
             return slots.Slots(speaker, room)
-        rows = sorted({max(1, self.cohort_rows // n) for n in (1, 2, 4, 8)})
+        parts = (self.cohort_rows // n // ways * ways for n in (1, 2, 4, 8))
+        rows = sorted({max(ways, part) for part in parts})
         length = self.prompt.max_prompt_length + hinted * self.prompt.max_skill_length
         return slots.Fresh(speaker, rows, length)
 
@@ -175,7 +187,7 @@ def collect(
             f"{world.count} environments for {wanted} episodes at once; "
             f"make as many as player.rows={player.rows}"
         )
-    params = apart(player.model, params)
+    params = player.apart(params)
     if hint is not None:
         hint = _that_fits(player, hint)
     waiting, finished = list(enumerate(map(int, seeds))), {}
@@ -207,7 +219,11 @@ def _alternate(cohorts: Sequence[Iterator[Waits]]) -> None:
         running.append((cohort, next(cohort, None)))
 
 
-apart = jax.jit(qwen.unstack, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def apart(model: qwen.ModelConfig, params: qwen.Params, gathered: bool = False):
+    """The weights as a decoder reads them; see Player.gathered."""
+    params = qwen.unstack(model, params)
+    return sharding.laid(params, whole="fsdp" if gathered else None)
 
 
 def _that_fits(player: Player, hint: Hint) -> Hint:
@@ -227,7 +243,7 @@ def warm_up(player: Player, params: qwen.Params, hinted: bool = False) -> None:
       player, params: who plays.
       hinted: prompts with a skill too.
     """
-    params = apart(player.model, params)
+    params = player.apart(params)
     for shown in (False, True)[: 1 + (hinted and not player.keeps)]:
         player.voice(params, jax.random.key(0), 1.0, shown).warm_up()
 

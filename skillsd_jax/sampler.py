@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from skillsd_jax import sharding
 from skillsd_jax.models import automaton, kv_cache, qwen
 from skillsd_jax.models.automaton import Automaton
 from skillsd_jax.models.kv_cache import KVCache
@@ -95,10 +96,20 @@ class Ask:
 
 def start(config: qwen.ModelConfig, rows: int, slots: int) -> SamplerState:
     """Rows that have read nothing, with room for `slots` tokens each."""
-    return SamplerState(
+    state = SamplerState(
         cache=kv_cache.empty(config, rows, slots),
         logits=jnp.zeros((rows, config.vocab), jnp.float32),
     )
+    return _laid(state)
+
+
+def _laid(state: SamplerState) -> SamplerState:
+    """Rows over the mesh, and key heads."""
+    rows, cache = sharding.rows, state.cache
+    keys, values = (
+        tuple(rows(x, "tp") for x in memory) for memory in (cache.keys, cache.values)
+    )
+    return SamplerState(KVCache(keys, values, rows(cache.length)), rows(state.logits))
 
 
 def gather(state: SamplerState, index: Int[Array, "C"]) -> SamplerState:
@@ -110,12 +121,13 @@ def scatter(
     state: SamplerState, index: Int[Array, "C"], part: SamplerState
 ) -> SamplerState:
     """Puts row c of `part` in the place of row index[c]; past the last row: nowhere."""
-    return jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), state, part)
+    put = jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), state, part)
+    return _laid(put)
 
 
 def grow(state: SamplerState, slots: int) -> SamplerState:
     """The same with room for `slots` tokens a row."""
-    return dataclasses.replace(state, cache=kv_cache.grow(state.cache, slots))
+    return _laid(dataclasses.replace(state, cache=kv_cache.grow(state.cache, slots)))
 
 
 def extend(
@@ -138,7 +150,7 @@ def extend(
     logits = jnp.where(length[:, None] > 0, logits, before)
     if rows is not None:
         logits = state.logits.at[rows].set(logits, mode="drop")
-    return SamplerState(cache, logits)
+    return _laid(SamplerState(cache, logits))
 
 
 @jax.tree_util.register_dataclass
@@ -191,7 +203,7 @@ def generate(
     speech = _append(rules, 0, begun, ask.keys, limit)
     sizes = tuple(size for size in how.shrink if size < rows)
     speech = _decode(rules, jnp.int32(1), speech, (ask.keys, limit), sizes)
-    return speech.state, speech.reply
+    return speech.state, sharding.replicated(speech.reply)
 
 
 @dataclasses.dataclass(frozen=True)

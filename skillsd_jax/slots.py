@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from skillsd_jax import sampler, tokens
@@ -67,11 +68,14 @@ class Room:
       window: the most tokens of a context with its reply.
       fine: many sizes, so that little is computed for nothing, as a CPU wants it.
         Few of them compile faster, and copy less of the cache.
+      still: no row leaves its place, as on a mesh, where it would change devices: all
+        read at once, and decoding goes on with all.
     """
 
     rows: int
     window: int
     fine: bool = True
+    still: bool = False
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -88,12 +92,12 @@ class Room:
     @property
     def piece_rows(self) -> int:
         """Rows of a piece: rows of like length are read together."""
-        return max(1, self.rows // 4)
+        return self.rows if self.still else max(1, self.rows // 4)
 
     @property
     def shrink(self) -> tuple[int, ...]:
         """Row counts that decoding shrinks to."""
-        parts = (3, 2, 1) if self.fine else (1,)
+        parts = () if self.still else (3, 2, 1) if self.fine else (1,)
         return tuple(n * self.rows // 4 for n in parts if n * self.rows // 4 > 3)
 
 
@@ -136,7 +140,7 @@ class Slots:
 
     def __init__(self, voice: Voice, room: Room):
         self.voice, self.room = voice, room
-        self.state = sampler.start(voice.model, room.rows, room.slots[0])
+        self.state = _started(voice.model, room.rows, room.slots[0])
         self.known = [np.zeros(0, np.int32)] * room.rows
         self.read = 0  # tokens read, padding not counted
 
@@ -153,7 +157,9 @@ class Slots:
                 f"{self.room.window}; cut the context first"
             )
         self._grow(longest)
-        leaders, copies = _leaders(asks, self.known)
+        leaders, copies = asks, []
+        if not self.room.still:  # there it would change devices, and save nothing
+            leaders, copies = _leaders(asks, self.known)
         self._read(leaders)
         if copies:
             self._copy(copies)
@@ -204,9 +210,10 @@ class Slots:
         at = np.zeros(many, np.int32)
         for i, (ask, first) in enumerate(part):
             new = ask.context[first : first + length]
+            i = ask.slot if self.room.still else i
             ids[i, : len(new)], count[i] = new, len(new)
             row[i], at[i] = ask.slot, first
-        where = (ids, count, row, at)
+        where = (ids, count, None if self.room.still else row, at)
         self.state = _read(self.voice.model, self.voice.params, self.state, where)
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -225,7 +232,8 @@ class Slots:
             self._grow(slots)
             for length in self.room.pieces:
                 self._piece([], length)
-            self._copy([(0, 0)])
+            if not self.room.still:
+                self._copy([(0, 0)])
             self.state, reply = _speak(
                 self.voice.model,
                 self.voice.how,
@@ -326,9 +334,12 @@ def _leaders(asks: Sequence[Ask], known: Sequence[np.ndarray]):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(model, params, state, where):
-    """Rows row[c] read ids[c] from position at[c] on."""
+    """Rows row[c] read ids[c] from position at[c] on; row=None: each row its own."""
     ids, count, row, at = where
-    length = state.cache.length.at[row].set(at, mode="drop")
+    if row is None:
+        length = jnp.where(count > 0, at, state.cache.length)
+    else:
+        length = state.cache.length.at[row].set(at, mode="drop")
     cache = dataclasses.replace(state.cache, length=length)
     state = dataclasses.replace(state, cache=cache)
     return sampler.extend(model, params, state, ids, count, row)
@@ -359,6 +370,7 @@ def _copied(state, source, target):
 
 
 _grown = jax.jit(sampler.grow, static_argnums=1)
+_started = jax.jit(sampler.start, static_argnums=(0, 1, 2))
 
 
 def row_keys(key, episode, turn):

@@ -29,6 +29,7 @@ from skillsd_jax import (
     preflight,
     rollout,
     savepoint,
+    sharding,
     showing,
     summaries,
     timing,
@@ -62,6 +63,7 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
         stack.enter_context(validation.claimed(workdir, config))
         artifacts.sweep(Path(workdir))
         stack.enter_context(savepoint.ending(Path(workdir)))
+        stack.enter_context(sharding.over(config.mesh))
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
 

@@ -42,6 +42,7 @@ CHOICES: dict[str, Collection[str]] = {
     "environment.alfworld.rooms": ("kitchen", "all"),
     "environment.alfworld.view": ("notes", "native"),
     "model.dtype": ("float32", "bfloat16"),
+    "mesh.sampler": ("replicated", "same"),
     "prompt.context": ("windowed", "whole"),
     "prompt.style": ("plain", "agent"),
     "prompt.skill_turn": ("task", "system"),
@@ -75,6 +76,7 @@ MAY_BE_ZERO = (
     "environment.sokoban.min_moves",
     "environment.alfworld.max_receptacles",
     "model.lora_rank",
+    "mesh.data",
     "prompt.history",
     "prompt.max_skill_length",
     "rollout.correction_cap",
@@ -300,9 +302,8 @@ def _check_lengths(config: Config) -> None:
         )
     if rollout.hinted_groups and rollout.draws > 1:
         raise Refused(
-            f"rollout.hinted_groups={rollout.hinted_groups} are so many of each draw, and "
-            f"rollout.draws={rollout.draws} keeps some groups of several; set one of "
-            "them back"
+            f"rollout.hinted_groups={rollout.hinted_groups} are of each draw, and "
+            f"rollout.draws={rollout.draws} keeps some groups of several; set one back"
         )
     if rollout.hinted_groups > rollout.prompts:
         raise Refused(
@@ -342,6 +343,8 @@ def claim_workdir(workdir: str, config: Config) -> bool:
     try:
         before = _completed(json.loads(path.read_text())) if path.exists() else None
         changed = difference(before or {}, to_dict(config))
+        # A run may go on over other devices: they change nothing but rounding.
+        changed = {k: v for k, v in changed.items() if not k.startswith("mesh.")}
         if before is None or not changed:
             # Also where it is there already: the folder may have become read-only.
             write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
@@ -362,10 +365,7 @@ def claim_workdir(workdir: str, config: Config) -> bool:
 
 @contextlib.contextmanager
 def claimed(workdir: str, config: Config) -> Iterator[None]:
-    """`claim_workdir`, taken back where a run of a new folder is refused after all.
-
-    What ends it otherwise leaves the folder claimed: the same settings go on from there.
-    """
+    """`claim_workdir`, taken back where a run of a new folder is refused after all."""
     known = claim_workdir(workdir, config)
     try:
         yield

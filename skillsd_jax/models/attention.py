@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from skillsd_jax import sharding
+
 LANES = 128  # splash: head size and length come in multiples of it
 FEW, MANY = 8, 256  # queries and slots that a CPU takes one by one
 
@@ -108,7 +110,8 @@ def _xla(q, k, v, window):
 
 def _cudnn(q, k, v, window):
     """Flash attention of cuDNN: no scores in memory."""
-    return _dot_product(q, k, v, window, "cudnn")
+    attend = functools.partial(_dot_product, window=window, implementation="cudnn")
+    return sharding.by_heads(attend, q, k, v)
 
 
 def _dot_product(q, k, v, window, implementation):
@@ -126,6 +129,11 @@ def _dot_product(q, k, v, window, implementation):
 
 def _splash(q, k, v, window, interpret: bool = False):
     """Flash attention of TPUs; lengths are padded to what its blocks divide."""
+    attend = functools.partial(_splashed, window=window, interpret=interpret)
+    return sharding.by_heads(attend, q, k, v)
+
+
+def _splashed(q, k, v, window, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     _, length, heads, size = q.shape

@@ -76,8 +76,9 @@ def load(
       folder: of Hugging Face.
       dtype: of the parameters; None: as in the file. Training wants 'float32' masters:
         an update of 1e-5 is lost in bfloat16.
-      sharding: shardings, a tree like the parameters; a process then reads only what
-        its devices hold. None: everything on the first device.
+      sharding: shardings, a tree like the parameters, or what makes it of their
+        shapes; a process then reads only what its devices hold. None: everything on the
+        first device.
 
     Returns:
       The shape, with matmuls in float32 whatever `dtype` is, and the parameters. Layers
@@ -92,6 +93,7 @@ def load(
     if config.tie_embeddings and _HEAD in tensors.names:
         _refuse_another_head(tensors)
     wanted = None if dtype is None else jnp.dtype(dtype)
+    sharding = sharding(shapes) if callable(sharding) else sharding
 
     def leaf(path, shape, sharding=None):
         return _Leaf(path, shape.shape, tensors, wanted).array(sharding)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from skillsd_jax import sharding
 from skillsd_jax.models import attention, rope
 from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.lora import Lora
@@ -165,6 +166,7 @@ class Attention(nnx.Module):
             linear(x).reshape(*x.shape[:2], -1, self.size)
             for linear in (self.query, self.key, self.value)
         )
+        q, k, v = (sharding.rows(x, None, "tp") for x in (q, k, v))
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return _rotate(q, rotation), _rotate(k, rotation), v
@@ -194,7 +196,7 @@ class Block(nnx.Module):
 
     def finish(self, x: Float[Array, "B L D"], attended: Float[Array, "B L H E"]):
         x = x + self.attention.output(attended.reshape(*x.shape[:2], -1))
-        return x + self.mlp(self.mlp_norm(x))
+        return sharding.rows(x + self.mlp(self.mlp_norm(x)))
 
 
 @functools.cache
@@ -221,7 +223,7 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     }
     if not config.tie_embeddings:
         params["head"] = jax.random.normal(head, shape) * config.width**-0.5
-    return params
+    return sharding.laid(params)
 
 
 def apply(
@@ -292,7 +294,11 @@ def extend(
     slot = jnp.where(new < length[:, None], position, cache.slots)  # beyond: dropped
 
     def written(memory, x):
-        return memory.at[row, :, slot].set(x.astype(memory.dtype), mode="drop")
+        x = x.astype(memory.dtype)
+        if rows is None and sharding.sizes():
+            # Row by row, which tells the compiler that no row leaves its device.
+            return jax.vmap(_put)(memory, x, slot)
+        return memory.at[row, :, slot].set(x, mode="drop")
 
     x, keys, values = _embed(config, params, tokens), [], []
     for n, block in enumerate(unstack(config, params)["layers"]):
@@ -307,6 +313,12 @@ def extend(
     total = cache.length.at[row[:, 0]].add(length, mode="drop")
     cache = KVCache(tuple(keys), tuple(values), total)
     return _rms_norm(config, x, params["norm"]), cache
+
+
+def _put(
+    memory: Float[Array, "K S E"], x: Float[Array, "n K E"], slot: Int[Array, " n"]
+):
+    return memory.at[:, slot].set(x.swapaxes(0, 1), mode="drop")
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:
@@ -347,7 +359,7 @@ def head_kernel(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
 
 
 def _embed(config: ModelConfig, params: Params, tokens: Int[Array, "B L"]):
-    return params["embed"][tokens].astype(config.dtype)
+    return sharding.looked_up(params["embed"][tokens].astype(config.dtype))
 
 
 def _rms_norm(

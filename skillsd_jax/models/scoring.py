@@ -7,7 +7,8 @@ row of word v and T the temperature,
 
 are made a part of the vocabulary at a time, and again on the way back. That costs one
 matmul more than keeping z: four instead of three. Where the logits are few, they are
-kept.
+kept. On a mesh the tokens are spread over all devices, and the parts of the head are
+gathered one after the other.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from skillsd_jax import sharding
 from skillsd_jax.models import qwen
 from skillsd_jax.tokens import TokenView
 
-TILE = 1 << 21  # logits that exist at once
+TILE = 1 << 21  # logits that exist at once, on a device
 WIDE_TILE = 1 << 23  # the same of a divergence, which needs whole distributions
 LANES = 128  # a part holds a multiple of so many words
 
@@ -64,14 +66,15 @@ class Voice:
     @property
     def flat(self) -> Float[Array, "C D"]:
         """The states row by row, in the type of the matmuls."""
-        return self.states.reshape(-1, self.config.width).astype(self.config.dtype)
+        flat = self.states.reshape(-1, self.config.width).astype(self.config.dtype)
+        return sharding.split(flat, sharding.AXES)
 
 
 def read(config: qwen.ModelConfig, params: qwen.Params, view: TokenView) -> Voice:
     """Reads a view once, for `scores`, `likeliest` and `divergence`."""
     states = qwen.hidden(config, params, view.tokens)
     states = jnp.take_along_axis(states, view.scored[..., None] - 1, axis=1)
-    return Voice(config, params, states)
+    return Voice(config, params, sharding.rows(states))
 
 
 def score(
@@ -163,12 +166,14 @@ def divergence(
     """
     # Embeddings of one family are padded to different sizes; no text has those ids.
     words = min(student.config.vocab, teacher.config.vocab)
-    chunk = min(mask.size, chunk or max(1, WIDE_TILE // words))
+    devices = sharding.ways(sharding.AXES)
+    chunk = min(mask.size, chunk or max(1, WIDE_TILE // words) * devices)
+    chunk = -(-chunk // devices) * devices
     count = -(-mask.size // chunk)
 
     def pieces(flat: Float[Array, "C D"]) -> Float[Array, "m c D"]:
         padded = jnp.pad(flat, ((0, count * chunk - mask.size), (0, 0)))
-        return padded.reshape(count, chunk, -1)
+        return sharding.split(padded.reshape(count, chunk, -1), None, sharding.AXES)
 
     values = _diverging(
         _Comparison(measure, words, student.config.vocab),
@@ -204,14 +209,20 @@ def _inverse(temperature) -> Float[Array, ""]:
 
 def _width(tokens: int) -> int:
     """Words of a part, so that its logits of so many tokens fill a tile."""
-    return max(1, TILE // tokens // LANES) * LANES
+    near = -(-tokens // sharding.ways(sharding.AXES))
+    return max(1, TILE // near // LANES) * LANES
 
 
 def _logits(
     states: Float[Array, "C D"], kernel: Float[Array, "W D"]
 ) -> Float[Array, "C W"]:
-    kernel = kernel.astype(states.dtype)
+    kernel = _gathered(kernel, states.dtype)
     return jnp.einsum("nd,wd->nw", states, kernel, preferred_element_type=jnp.float32)
+
+
+def _gathered(kernel: Float[Array, "W D"], dtype) -> Float[Array, "W D"]:
+    """Whole on every device, in the type of the matmuls, which is the smaller one."""
+    return sharding.split(kernel.astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +279,7 @@ def _tiled_fwd(parts, states, kernel, token, inverse):
     top, total, moment = parts.over(part, (none - 1e30, none, none))
     spread = jnp.log(total)
     entropy = spread - moment / total if parts.entropy else none
-    chosen = kernel[token].astype(states.dtype)
+    chosen = sharding.looked_up(kernel[token].astype(states.dtype))
     chosen = jnp.einsum("nd,nd->n", states, chosen, preferred_element_type=jnp.float32)
     logprob = chosen * inverse - top - spread
     return (logprob, entropy), (states, kernel, token, inverse, top + spread, entropy)
@@ -284,7 +295,7 @@ def _tiled_bwd(parts, saved, slopes):
 
     def part(carry, start, width):
         d_states, d_kernel = carry
-        rows = _rows(kernel, start, width)
+        rows = _gathered(_rows(kernel, start, width), states.dtype)
         z = _logits(states, rows) * inverse
         slope = constant[:, None]
         if parts.entropy:
@@ -294,7 +305,7 @@ def _tiled_bwd(parts, saved, slopes):
         said = start + jnp.arange(width) == token[:, None]
         slope = (slope + jnp.where(said, g[:, None], 0.0)) * inverse
         slope = slope.astype(states.dtype)
-        d_states += _times(slope, rows.astype(states.dtype))
+        d_states += _times(slope, rows)
         d_rows = _turned_times(slope, states)
         return d_states, _put(d_kernel, d_rows, start)
 
@@ -311,7 +322,8 @@ def _rows(kernel: Float[Array, "V D"], start, width: int) -> Float[Array, "W D"]
 
 
 def _put(kernel: Float[Array, "V D"], rows: Float[Array, "W D"], start):
-    return jax.lax.dynamic_update_slice_in_dim(kernel, rows, start, 0)
+    put = jax.lax.dynamic_update_slice_in_dim(kernel, rows, start, 0)
+    return sharding.split(put, None, sharding.HEAD)
 
 
 def _times(slope: Float[Array, "C W"], rows: Float[Array, "W D"]):
@@ -367,7 +379,7 @@ def _diverging_bwd(comparison, saved, slopes):
         fixed = _logits(y, teacher[1])
         _, pull = jax.vjp(lambda z: comparison(z, fixed, inverse), _logits(x, kernel))
         slope = pull(g)[0].astype(x.dtype)
-        d_x = _times(slope, kernel.astype(x.dtype))
+        d_x = _times(slope, _gathered(kernel, x.dtype))
 
         def part(d_kernel, start, width):
             near = jax.lax.dynamic_slice_in_dim(slope, start, width, axis=1)

@@ -1,0 +1,289 @@
+"""A mesh of devices, and what lies where on it; without a mesh nothing here acts.
+
+The axes: 'data' splits rows; 'fsdp' splits rows, and weights that are gathered where
+they are used; 'tp' splits heads and hidden units. Weights, moments and adapters are
+known by the names on their path, so a whole learner's state is laid out by one list.
+The mesh is jax's own ambient one, entered with `over`.
+"""
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from skillsd_jax import config as settings
+
+PyTree = Any
+Axes = str | tuple[str, ...] | None
+
+ROWS = ("data", "fsdp")
+AXES = (*ROWS, "tp")
+HEAD = ("tp", "fsdp")  # the width of embedding and head
+
+# What a path ends with → the axes that split its last dimensions; those before them,
+# such as the layers of a stack, are whole. The vocabulary is never split: it is walked
+# through part by part (models/scoring.py), and may have any size.
+RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
+    (r"\b(embed|head)$", (None, HEAD)),
+    (r"\b(output|down)/kernel$", ("tp", "fsdp")),
+    (r"/kernel$", ("fsdp", "tp")),
+    (r"\b(output|down)/lora_down$", ("tp", None)),
+    (r"\b(output|down)/lora_up$", (None, "fsdp")),
+    (r"/lora_down$", ("fsdp", None)),
+    (r"/lora_up$", (None, "tp")),
+    (r"/bias$", ("tp",)),
+    (r"(norm|/scale)$", ()),
+    (r"/ns_coeffs$", ()),  # muon's polynomial
+)
+
+
+def make(
+    setting: settings.Mesh, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh | None:
+    """The mesh that is set, or None where one device is enough.
+
+    Args:
+      setting: sizes of the axes; data=0 takes all devices that are left.
+      devices: None: all that jax sees, of every process.
+
+    Raises:
+      ValueError: there are fewer devices, or data=0 leaves a part of them over.
+    """
+    devices = jax.devices() if devices is None else devices
+    there, inner = len(devices), setting.fsdp * setting.tp
+    if not setting.data and there % inner:
+        raise ValueError(
+            f"mesh.fsdp × mesh.tp = {inner} must divide the {there} devices for "
+            "mesh.data=0 to take the rest; change one of them"
+        )
+    sizes = setting.data or there // inner, setting.fsdp, setting.tp
+    wanted = math.prod(sizes)
+    if wanted > there:
+        named = " × ".join(f"mesh.{axis}={n}" for axis, n in zip(AXES, sizes) if n > 1)
+        raise ValueError(
+            f"{named} asks for {wanted} devices and jax sees {there}; make their product "
+            f"at most {there}, or set mesh.data=0 to take what fsdp × tp leaves"
+        )
+    if wanted == 1:
+        return None
+    # Explicit axes, the default, refuse gathers.
+    return jax.make_mesh(
+        sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted]
+    )
+
+
+def over(setting: settings.Mesh) -> contextlib.AbstractContextManager:
+    """In this context everything runs over the mesh that is set."""
+    mesh = make(setting)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def sizes() -> Mapping[str, int]:
+    """Devices along each axis of the present mesh; empty without one."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return shape if tuple(shape) == AXES else {}
+
+
+def ways(axes: Axes = ROWS) -> int:
+    """Into how many parts the axes split; 1 without a mesh."""
+    return _product(axes, sizes())
+
+
+def spec(
+    path: str, shape: Sequence[int], sizes: Mapping[str, int], whole: Axes = None
+) -> PartitionSpec:
+    """Where a parameter, or what mirrors one, lies.
+
+    Args:
+      path: names from the root, '/' between them.
+      shape: of the array.
+      sizes: devices along each axis.
+      whole: axes that do not split.
+
+    Raises:
+      ValueError: no rule knows it, or an axis does not divide it.
+    """
+    if not shape:
+        return PartitionSpec()
+    for pattern, axes in RULES:
+        if re.search(pattern, path):
+            break
+    else:
+        raise ValueError(f"no rule of sharding.RULES says where {path} lies")
+    kept = [_names(entry, whole) for entry in axes]
+    for size, names in zip(shape[len(shape) - len(kept) :], kept):
+        if size % _product(names, sizes):
+            raise ValueError(_indivisible(path, shape, size, names, sizes))
+    return _trimmed([None] * (len(shape) - len(kept)) + kept)
+
+
+def check(shapes: PyTree, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless every leaf has a rule and can be split by it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        spec(_name(path), leaf.shape, sizes)
+
+
+def laid(tree: PyTree, whole: Axes = None) -> PyTree:
+    """Weights, moments or a learner's state as RULES lay them; inside jit as well."""
+    if not sizes():
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.lax.with_sharding_constraint(
+            x, spec(_name(path), x.shape, sizes(), whole)
+        ),
+        tree,
+    )
+
+
+def shardings(tree: PyTree) -> PyTree | None:
+    """Of weights or of their shapes, for what loads them; None without a mesh."""
+    if not sizes():
+        return None
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: _sharding(spec(_name(path), x.shape, sizes())), tree
+    )
+
+
+def put(tree: PyTree) -> PyTree:
+    """Weights from the host or from any devices to where RULES lay them."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return laid(tree)
+    where = shardings(tree)
+    return tree if where is None else jax.tree.map(_put, tree, where)
+
+
+def put_rows(tree: PyTree, axis: int = 0) -> PyTree:
+    """Arrays from the host, the rows of their dimension `axis` split.
+
+    Raises:
+      ValueError: they cannot be split evenly.
+    """
+    where = row_shardings(tree, axis)
+    return tree if where is None else jax.tree.map(_put, tree, where)
+
+
+def row_shardings(tree: PyTree, axis: int = 0) -> PyTree | None:
+    """Of arrays, or of their shapes, whose dimension `axis` is split; see put_rows."""
+    if not sizes():
+        return None
+
+    def one(x):
+        if x.shape[axis] % ways():
+            raise ValueError(
+                f"{x.shape[axis]} rows cannot be split over mesh.data × mesh.fsdp = "
+                f"{ways()} devices evenly; make them a multiple of it"
+            )
+        return _sharding(PartitionSpec(*[None] * axis, ROWS))
+
+    return jax.tree.map(one, tree)
+
+
+def made(make: Callable[..., PyTree], *arguments) -> PyTree:
+    """make(*arguments), laid out: no device ever holds the whole of it."""
+    if not sizes():
+        return make(*arguments)
+    return jax.jit(lambda *arguments: laid(make(*arguments)))(*arguments)
+
+
+def replicated(tree: PyTree) -> PyTree:
+    """The same on every device."""
+    if not sizes():
+        return tree
+    constrain = jax.lax.with_sharding_constraint
+    return jax.tree.map(lambda x: constrain(x, PartitionSpec()), tree)
+
+
+def rows(x: jax.Array, *rest: Axes) -> jax.Array:
+    """Rows first, then what `rest` names; a dimension that cannot be split is whole."""
+    return split(x, ROWS, *rest)
+
+
+def split(x: jax.Array, *axes: Axes) -> jax.Array:
+    """Its first dimensions over `axes`, each where that divides it."""
+    present = sizes()
+    if not present:
+        return x
+    kept = [
+        names if size % _product(names, present) == 0 else None
+        for size, names in zip(x.shape, axes)
+    ]
+    return jax.lax.with_sharding_constraint(x, _trimmed(kept))
+
+
+def looked_up(x: jax.Array) -> jax.Array:
+    """Rows of a table whose width HEAD splits: from there to whole, each where it is.
+
+    An axis at a time: of one leap the compiler makes the whole of all rows everywhere.
+    """
+    between = (None,) * (x.ndim - 2)
+    return rows(split(x, ROWS, *between, "tp"))
+
+
+def by_heads(attend: Callable[..., jax.Array], *qkv: jax.Array) -> jax.Array:
+    """attend(q, k, v) of [B, L, heads, E] on each device's own rows and heads.
+
+    For kernels that the compiler cannot divide. Key heads that 'tp' does not divide
+    are whole on every device, and the query heads with them.
+    """
+    present = sizes()
+    if not present:
+        return attend(*qkv)
+    fits = all(x.shape[2] % present["tp"] == 0 for x in qkv)
+    uneven = qkv[0].shape[0] % ways()
+    where = PartitionSpec(None if uneven else ROWS, None, "tp" if fits else None)
+    # A kernel's result does not say over which axes it varies.
+    return jax.shard_map(attend, in_specs=where, out_specs=where, check_vma=False)(*qkv)
+
+
+def _trimmed(axes: Sequence[Axes]) -> PartitionSpec:
+    """As jit writes the shardings of its results: others would be compiled for anew."""
+    last = max((i for i, names in enumerate(axes) if names), default=-1)
+    return PartitionSpec(*axes[: last + 1])
+
+
+def _names(axes: Axes, whole: Axes) -> Axes:
+    """`axes` without those of `whole`."""
+    left = tuple(axis for axis in _tuple(axes) if axis not in _tuple(whole))
+    return left if len(left) > 1 else (left[0] if left else None)
+
+
+def _tuple(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else (axes or ())
+
+
+def _product(axes: Axes, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes.get(axis, 1) for axis in _tuple(axes))
+
+
+def _indivisible(path, shape, size, names, sizes) -> str:
+    named = " × ".join(f"mesh.{axis}" for axis in _tuple(names))
+    fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0 and n <= 256)
+    return (
+        f"{path} {list(shape)}: {named} = {_product(names, sizes)} does not divide its "
+        f"{size}; set {named} to one of {fits}"
+    )
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _sharding(where: PartitionSpec) -> NamedSharding:
+    return NamedSharding(jax.sharding.get_mesh(), where)
+
+
+def _put(x, where: NamedSharding) -> jax.Array:
+    if not isinstance(x, np.ndarray):
+        return jax.device_put(x, where)
+    # Every process hands over what its own devices hold.
+    return jax.make_array_from_callback(x.shape, where, functools.partial(_part, x))
+
+
+def _part(x: np.ndarray, index) -> np.ndarray:
+    return x[index]
