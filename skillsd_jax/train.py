@@ -10,7 +10,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from skillsd_jax import (
@@ -37,9 +36,8 @@ from skillsd_jax import (
     validation,
 )
 from skillsd_jax import config as settings
+from skillsd_jax.keys import key_for
 from skillsd_jax.losses.objective import recipe
-
-PURPOSES = ("rollout", "evaluate", "teacher", "summary")
 
 
 def run(config: settings.Config, workdir: str) -> dict[str, Any]:
@@ -66,12 +64,6 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
         stack.enter_context(sharding.over(config.mesh))
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
-
-
-def key_for(seed: int, purpose: str, index: int = 0) -> jax.Array:
-    """A key that depends on (seed, purpose, index) alone: resuming needs no state."""
-    key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
-    return jax.random.fold_in(key, index)
 
 
 class Run:
@@ -152,13 +144,9 @@ class Run:
         self.environment_steps = 0
         self.past_faults: dict[str, int] = {}  # of earlier parts of the run
         self.watch = guard.Watch(self.workdir)
+        parts = self.player, self.state, self.external
         self.savepoints = savepoint.Savepoints(
-            self.workdir,
-            self.config,
-            self.player,
-            self.state,
-            self.external,
-            self.progress.say,
+            self.workdir, self.config, *parts, self.progress.say
         )
         stack.callback(self.savepoints.close)
 

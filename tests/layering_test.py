@@ -21,7 +21,7 @@ LINES = (
     ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
     ("rollout", "learner", "checkpoint", "metrics", "timing", "preemption", "machine"),
-    ("episode", "guard", "optimizers", "showing", "slots", "teachers"),
+    ("episode", "guard", "keys", "optimizers", "showing", "slots", "teachers"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
     ("models",),
