@@ -38,4 +38,5 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     wanted = (ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)
-    return all([mallopt(setting, value) == 1 for setting, value in wanted])
+    done = [mallopt(setting, value) == 1 for setting, value in wanted]
+    return all(done)

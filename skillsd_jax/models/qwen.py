@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from skillsd_jax.models import attention, rope
+from skillsd_jax.models import attention, kv_cache, rope
 from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.lora import Lora
 
@@ -291,21 +291,18 @@ def extend(
     row = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
     slot = jnp.where(new < length[:, None], position, cache.slots)  # beyond: dropped
 
-    def written(memory, x):
-        return memory.at[row, :, slot].set(x.astype(memory.dtype), mode="drop")
-
     x, keys, values = _embed(config, params, tokens), [], []
     for n, block in enumerate(unstack(config, params)["layers"]):
         block = nnx.merge(_block(config), block)
         q, k, v = block.project(x, rotation)
-        keys.append(written(cache.keys[n], k))
-        values.append(written(cache.values[n], v))
+        keys.append(kv_cache.write(cache.keys[n], row, slot, k, cache.turned))
+        values.append(kv_cache.write(cache.values[n], row, slot, v))
         k, v = (x if rows is None else x[rows] for x in (keys[n], values[n]))
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         seen = near if n in (config.window_layers or ()) else allowed
-        x = block.finish(x, attention.cached(q, k, v, seen))
+        x = block.finish(x, attention.cached(q, k, v, seen, cache.turned))
     total = cache.length.at[row[:, 0]].add(length, mode="drop")
-    cache = KVCache(tuple(keys), tuple(values), total)
+    cache = KVCache(tuple(keys), tuple(values), total, cache.turned)
     return _rms_norm(config, x, params["norm"]), cache
 
 
