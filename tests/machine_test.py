@@ -51,7 +51,8 @@ def faulted_in(how: str) -> float:
 
 
 def test_temporary_memory_of_a_program_is_not_faulted_in_again():
-    assert faulted_in("as it is") > 0.5  # else there is nothing to mend
+    if faulted_in("as it is") < 0.5:
+        pytest.skip("the system hands out huge pages: there is nothing to mend")
     assert faulted_in("kept") < 0.1
 
 
