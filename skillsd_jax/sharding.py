@@ -156,24 +156,11 @@ def put(tree: PyTree) -> PyTree:
     return tree if where is None else jax.tree.map(_put, tree, where)
 
 
-def put_rows(tree: PyTree, axis: int = 0) -> PyTree:
-    """Arrays from the host, the rows of their dimension `axis` split.
-
-    Raises:
-      ValueError: they cannot be split evenly.
-    """
+def put_whole(tree: PyTree) -> PyTree:
+    """Arrays from the host, the same on every device."""
     if not sizes():
         return tree
-
-    def one(x):
-        if x.shape[axis] % ways():
-            raise ValueError(
-                f"{x.shape[axis]} rows cannot be split over mesh.data × mesh.fsdp = "
-                f"{ways()} devices evenly; make them a multiple of it"
-            )
-        return _put(x, _sharding(PartitionSpec(*[None] * axis, ROWS)))
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda x: _put(x, _sharding(PartitionSpec())), tree)
 
 
 def made(make: Callable[..., PyTree], *arguments) -> PyTree:

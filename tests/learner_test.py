@@ -237,8 +237,8 @@ def test_padding_rows_change_nothing(params):
 def test_minibatch_rows_fill_as_many_updates_as_there_are_rows(params):
     config = configured(minibatch_rows=5, micro_rows=1)
     arranged = tokens.arrange(batch(size=41), np.arange(ROWS), config.optimizer)
-    filled = (arranged.mask.sum((1, 2, 3)) > 0).sum()
-    assert arranged.mask.shape[0] == 9 and filled == 2
+    filled = (arranged.rows.mask.sum((1, 2)) > 0).sum()
+    assert arranged.rows.mask.shape[0] == 9 and filled == 2
     state, figures = updated(config, params, batch(size=41))
     counts = [x for x in jax.tree.leaves(state.optimizer) if x.ndim == 0]
     assert {int(count) for count in counts} == {2}
@@ -249,7 +249,7 @@ def test_every_row_is_dealt_once():
     config = configured(minibatches=3)
     order = np.random.default_rng(0).permutation(ROWS)
     arranged = tokens.arrange(batch(), order, config.optimizer)
-    dealt = arranged.trajectory[arranged.trajectory >= 0]
+    dealt = arranged.rows.trajectory[arranged.rows.trajectory >= 0]
     np.testing.assert_array_equal(np.sort(dealt), np.arange(ROWS))
 
 
