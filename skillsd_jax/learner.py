@@ -254,10 +254,8 @@ class Learner:
         def visit(part):
             return (), score(jax.tree.map(sharding.rows, part))
 
-        def one(minibatch):
-            return sharding.replicated(tokens.by_micro_batch(minibatch, visit)[1])
-
-        return jax.lax.map(one, batch)
+        found = jax.lax.map(lambda part: tokens.by_micro_batch(part, visit)[1], batch)
+        return sharding.replicated(found)
 
     def _mismatch(self, batch: TokenBatch, whole: Whole, scored) -> mismatch.Figures:
         """How the sampler differs from the scorer, and what that is corrected by.

@@ -49,8 +49,8 @@ class Packer:
 
 
 def fitted(
-    student: Int[np.ndarray, "n"],
-    teacher: Int[np.ndarray, "n"],
+    student: Int[np.ndarray, " n"],
+    teacher: Int[np.ndarray, " n"],
     longest: tuple[int, int],
     count: int,
 ) -> Lengths:
@@ -88,7 +88,7 @@ def fitted(
 
 def _candidates(
     student: np.ndarray, teacher: np.ndarray, longest: tuple[int, int]
-) -> tuple[Int[np.ndarray, "u 2"], Float[np.ndarray, "u"]]:
+) -> tuple[Int[np.ndarray, "u 2"], Float[np.ndarray, " u"]]:
     """Lengths that a bucket may have, rising, and the rows that each is the first for."""
     pairs = np.stack([student, teacher], axis=1)
     pairs = np.maximum.accumulate(pairs[np.argsort(pairs.sum(1), kind="stable")])

@@ -1,6 +1,6 @@
 """The iteration loop: wires the parts and owns every side effect.
 
-tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve → prompts, tokens.pack
+tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve → prompts, packing
       → learner.update → bank.credit → metrics, checkpoint
 """
 
@@ -23,6 +23,7 @@ from skillsd_jax import (
     imitate,
     learner,
     metrics,
+    packing,
     panels,
     practice,
     preflight,
@@ -100,14 +101,13 @@ class Run:
         self.compilations = timing.Compilations()
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
-        self.player = self.agent.player
+        player = self.player = self.agent.player
         stage = rollout.open_stage(config.environment, "train", config.rollout.rows)
         self.stage = stack.enter_context(stage)
         turns = self.stage.max_steps
         episodes = config.rollout.prompts * config.rollout.group_size
         # The most rows an iteration can leave, plus one that is always padding.
         self.batch_rows = episodes * turns + 1
-        self.scored = self.player.scored(turns)
         self.recipe = recipe(config.objective.name)
         self.host: dict[str, Any] = {}
         self._make_learner()
@@ -120,6 +120,9 @@ class Run:
             functools.partial(key_for, config.seed, "rollout"),
             self.expert,
         )
+        plain = player.skilled_length if self.practice.hinted else player.length
+        shape = self.batch_rows, (plain, player.skilled_length), player.scored(turns)
+        self.packer = packing.Packer(config.optimizer, *shape)
         self._make_skills(stack)
         self.environment_steps = 0
         with self.clock("panels"):
@@ -264,18 +267,9 @@ class Run:
             self.state, sums = self.learner.update(self.state, batch)
             return learner.means(sums)
 
-    def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.TokenBatch:
-        batch = tokens.pack(
-            rows,
-            self.batch_rows,
-            self.player.skilled_length if self.practice.hinted else self.player.length,
-            self.player.skilled_length,
-            self.scored,
-        )
-        order = np.random.default_rng([self.config.seed, iteration, 2]).permutation(
-            len(rows)
-        )
-        return tokens.arrange(batch, order, self.config.optimizer)
+    def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.Arranged:
+        rng = np.random.default_rng([self.config.seed, iteration, 2])
+        return self.packer.arranged(rows, rng.permutation(len(rows)))
 
     def _credit(self, played: experience.Experience, shown) -> None:
         """Books each episode's reward to the skill of the bank that was shown."""
@@ -330,6 +324,7 @@ class Run:
                 "figures": self.host,
                 "bank": self.bank.state(),
                 "summaries": self.summaries.state(),
+                "lengths": self.packer.lengths,
                 "environment_steps": self.environment_steps,
                 "seconds": dict(self.clock.total),
                 "origin": self.origin,
@@ -351,6 +346,7 @@ class Run:
         self.host = host["figures"]
         self.bank = skill_bank.Bank.from_state(host["bank"])
         self.summaries.restore(host.get("summaries", ()))
+        self.packer.lengths = host.get("lengths", ())
         self.environment_steps = host["environment_steps"]
         self.clock = timing.Clock(host["seconds"])
         self.progress.say(f"resumed after iteration {done}")

@@ -21,7 +21,7 @@ LINES = (
     ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
     ("rollout", "learner", "checkpoint", "metrics", "timing"),
-    ("episode", "slots", "optimizers"),
+    ("episode", "slots", "optimizers", "packing"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
     ("models",),
