@@ -40,11 +40,13 @@ class Packer:
     ) -> tokens.Arranged:
         """See tokens.arrange."""
         batch = tokens.pack(rows, self.size, *self.longest, self.scored)
-        if not self.lengths:
-            views = batch.student.length[order], batch.teacher.length[order]
-            self.lengths = fitted(*views, self.longest, self.config.length_buckets)
+        views = batch.student.length[order], batch.teacher.length[order]
+        lengths = self.lengths or fitted(
+            *views, self.longest, self.config.length_buckets
+        )
+        self.lengths = lengths if len(rows) else self.lengths
         ways = sharding.ways()
-        shapes = tokens.buckets(self.lengths, self.size, self.config, ways)
+        shapes = tokens.buckets(lengths, self.size, self.config, ways)
         return tokens.arrange(batch, order, self.config, shapes)
 
 
