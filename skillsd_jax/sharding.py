@@ -152,15 +152,23 @@ def shardings(tree: PyTree) -> PyTree | None:
 
 def put(tree: PyTree) -> PyTree:
     """Weights from the host or from any devices to where RULES lay them."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return laid(tree)
     where = shardings(tree)
     return tree if where is None else jax.tree.map(_put, tree, where)
 
 
 def put_whole(tree: PyTree) -> PyTree:
     """Arrays from the host, the same on every device."""
+    where = whole_shardings(tree)
+    return tree if where is None else jax.tree.map(_put, tree, where)
+
+
+def whole_shardings(tree: PyTree) -> PyTree | None:
+    """Of arrays, or of their shapes, that are the same on every device."""
     if not sizes():
-        return tree
-    return jax.tree.map(lambda x: _put(x, _sharding(PartitionSpec())), tree)
+        return None
+    return jax.tree.map(lambda x: _sharding(PartitionSpec()), tree)
 
 
 def made(make: Callable[..., PyTree], *arguments) -> PyTree:
@@ -201,7 +209,6 @@ def looked_up(x: jax.Array) -> jax.Array:
     An axis at a time: of one leap the compiler makes the whole of all rows everywhere.
     """
     between = (None,) * (x.ndim - 2)
-    x = split(x, "data", *between, HEAD)
     return rows(split(x, ROWS, *between, "tp"))
 
 

@@ -119,12 +119,12 @@ def ragged(rows=ROWS, seed=0, longest=LENGTH):
     return dataclasses.replace(data, student=views[0], teacher=views[1])
 
 
-def packed(data, config):
+def packed(data, config, ways=1):
     """Arranged in the buckets that fit the rows, as a run does it."""
     views = data.student.length[:ROWS], data.teacher.length[:ROWS]
     count = config.optimizer.length_buckets
     lengths = packing.fitted(*views, (LENGTH, LENGTH + 3), count)
-    shapes = tokens.buckets(lengths, ROWS + 1, config.optimizer)
+    shapes = tokens.buckets(lengths, ROWS + 1, config.optimizer, ways)
     return tokens.arrange(data, np.arange(ROWS), config.optimizer, shapes)
 
 

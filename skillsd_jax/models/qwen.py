@@ -294,7 +294,11 @@ def extend(
     slot = jnp.where(new < length[:, None], position, cache.slots)  # beyond: dropped
 
     def written(memory, x):
-        return memory.at[row, :, slot].set(x.astype(memory.dtype), mode="drop")
+        x = x.astype(memory.dtype)
+        if rows is None and sharding.sizes():
+            # Row by row, which tells the compiler that no row leaves its device.
+            return jax.vmap(_put)(memory, x, slot)
+        return memory.at[row, :, slot].set(x, mode="drop")
 
     x, keys, values = _embed(config, params, tokens), [], []
     for n, block in enumerate(unstack(config, params)["layers"]):
@@ -309,6 +313,12 @@ def extend(
     total = cache.length.at[row[:, 0]].add(length, mode="drop")
     cache = KVCache(tuple(keys), tuple(values), total)
     return _rms_norm(config, x, params["norm"]), cache
+
+
+def _put(
+    memory: Float[Array, "K S E"], x: Float[Array, "n K E"], slot: Int[Array, "n"]
+):
+    return memory.at[:, slot].set(x.swapaxes(0, 1), mode="drop")
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:
