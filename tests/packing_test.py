@@ -2,11 +2,12 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
 from skillsd_jax import config as settings
-from skillsd_jax import packing, tokens
+from skillsd_jax import packing, preflight, sharding, tokens, validation
 from skillsd_jax.trajectory import Role, Segment
 
 LONGEST = 128, 160
@@ -77,3 +78,22 @@ def test_the_first_rows_decide_and_an_iteration_without_rows_does_not():
     again.lengths = [list(pair) for pair in packer.lengths]  # as JSON has them
     resumed = again.arranged(rows_of([100, 120, 9]), np.arange(3))
     assert resumed.buckets == first.buckets
+
+
+@pytest.mark.parametrize(
+    "hinted, parts, needed", [(0, 1, 140), (1, 1, 168), (0, 4, 560)]
+)
+def test_micro_tokens_that_hold_no_longest_row_are_refused_with_what_does(
+    hinted, parts, needed, monkeypatch
+):
+    """Views have up to 48 + 8 and 28 more tokens; a hinted student's has all of them."""
+    mesh = jax.sharding.AbstractMesh((parts, 1, 1), sharding.AXES)
+    monkeypatch.setattr(sharding, "make", lambda _: mesh if parts > 1 else None)
+    config = settings.Config()
+    config.rollout.hinted_groups = hinted
+    config.optimizer.micro_rows = 1  # is not used, so it may be what it wants
+    config.optimizer.micro_tokens = needed
+    preflight.check(config)
+    config.optimizer.micro_tokens = needed - 1
+    with pytest.raises(validation.Refused, match=f"which are {needed} tokens; set it"):
+        preflight.check(config)
