@@ -116,7 +116,8 @@ def _published() -> Config:
     optimizer.weight_decay = 0.01  # SDAR
     optimizer.grad_clip = 1.0  # SDAR
     optimizer.minibatch_rows = 256  # SDAR
-    optimizer.micro_rows = 8  # ours: memory
+    optimizer.length_buckets = 8  # ours: as in ALFWorld
+    optimizer.micro_tokens = 12_288  # ours: memory; both views of two longest rows
 
     config.imitate.steps = 0  # the model is pretrained
 

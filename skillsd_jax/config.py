@@ -241,6 +241,10 @@ class Optimizer:
     minibatches: int = 4  # updates per iteration
     minibatch_rows: int = 0  # rows per update instead; 0: use `minibatches`
     micro_rows: int = 32  # rows scored at once
+    micro_tokens: int = (
+        0  # tokens scored at once, padding and both views; 0: micro_rows
+    )
+    length_buckets: int = 1  # lengths that rows are padded to; 1: the longest alone
 
 
 @dataclasses.dataclass

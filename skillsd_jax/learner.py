@@ -13,7 +13,7 @@ from skillsd_jax import config as settings
 from skillsd_jax import guard, optimizers, sharding, teachers, tokens
 from skillsd_jax.losses import masking, mismatch, objective, schedules
 from skillsd_jax.models import lora, qwen, scoring
-from skillsd_jax.tokens import TokenBatch
+from skillsd_jax.tokens import Arranged, TokenBatch
 
 Params = Any
 
@@ -140,26 +140,26 @@ class Learner:
         )
 
     def update(
-        self, state: LearnerState, batch: TokenBatch
+        self, state: LearnerState, batch: Arranged
     ) -> tuple[LearnerState, dict[str, tuple[Array, Array]]]:
         """One iteration: an optimiser step per minibatch whose gradient is finite.
 
         Args:
           state: donated.
-          batch: as `tokens.arrange` leaves it, [M, K, micro_rows, …].
+          batch: as `tokens.arrange` leaves it.
 
         Returns:
           The next state and metrics as (Σ value·weight, Σ weight) over the batch.
         """
-        return self._update(state, sharding.put_rows(batch, axis=2))
+        return self._update(state, sharding.put_whole(batch))
 
-    def _iteration(self, state: LearnerState, batch: TokenBatch):
+    def _iteration(self, state: LearnerState, batch: Arranged):
         whole = self._whole(state, batch)
 
         def minibatch(carry, part):
             params, moments = carry
             gradient, sums, scored = self._gradient(state, params, *part)
-            filled = jnp.any(part[0].mask > 0)
+            filled = jnp.any(part[0].rows.mask > 0)
             norm = optax.global_norm(gradient)
             sound = guard.sound(norm, sums)
             sums["grad_norm"] = (norm, jnp.float32(filled))
@@ -177,7 +177,7 @@ class Learner:
             minibatch, (state.params, state.optimizer), (batch, whole)
         )
         sums = jax.tree.map(lambda x: x.sum(0), sums)
-        sums |= self._mismatch(batch, whole, scored)
+        sums |= self._mismatch(batch.rows, whole, scored)
         step, skipped = state.step + 1, sums["skipped_updates"][0]
         learned = (skipped == 0) | (skipped < sums["minibatches"][0])
         kind, setting = self.teacher_kind, self.config.teacher
@@ -200,20 +200,20 @@ class Learner:
         gap = jnp.where(weight > 0, jnp.sqrt(total / weight), jnp.nan)
         return plateau.follow(gap, self.config.objective.plateau_tolerance)
 
-    def _whole(self, state: LearnerState, batch: TokenBatch) -> Whole:
+    def _whole(self, state: LearnerState, batch: Arranged) -> Whole:
         """Advantages need the whole iteration, before it is split."""
-        teacher, old, correction = None, batch.old, None
+        rows, teacher, correction = batch.rows, None, None
+        old = rows.old
         if self.recipe.credits:
-            teacher = tokens.by_micro_batch(
+            teacher = self._everywhere(
                 batch, lambda part: self._taught(state, state.params, part)[0]
             )
         if self.rescores:
-            old = tokens.by_micro_batch(batch, functools.partial(self._rescored, state))
+            old = self._everywhere(batch, functools.partial(self._rescored, state))
         if cap := self.config.rollout.correction_cap:
-            correction = mismatch.correction(old, batch.old, cap)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), batch)
-        flat = sharding.replicated(flat)
-        shape = batch.mask.shape
+            correction = mismatch.correction(old, rows.old, cap)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+        shape = rows.mask.shape
         episodes = objective.Episodes(
             reward=flat.reward,
             group=flat.group,
@@ -239,11 +239,20 @@ class Learner:
             teacher=teacher,
         )
 
+    def _everywhere(self, batch: Arranged, score) -> Float[Array, "M S R"]:
+        """score(micro-batch) of every one of an iteration, 0 elsewhere."""
+
+        def visit(part):
+            return (), score(jax.tree.map(sharding.rows, part))
+
+        found = jax.lax.map(lambda part: tokens.by_micro_batch(part, visit)[1], batch)
+        return sharding.replicated(found)
+
     def _mismatch(self, batch: TokenBatch, whole: Whole, scored) -> mismatch.Figures:
         """How the sampler differs from the scorer, and what that is corrected by.
 
         Args:
-          scored: by the student, [M K b R], each minibatch by the weights it met: those
+          scored: by the student, [M S R], each minibatch by the weights it met: those
             of the first are the ones that played.
         """
         mask = batch.mask
@@ -259,38 +268,30 @@ class Learner:
             figures |= mismatch.corrected(whole.correction, mask, cap)
         return figures
 
-    def _gradient(self, state: LearnerState, params, batch: TokenBatch, whole):
+    def _gradient(self, state: LearnerState, params, batch: Arranged, whole):
         """Gradient of one minibatch, micro-batch by micro-batch.
 
         The loop runs over the micro-batches that hold real rows, so padding to a
         static shape costs memory but no time.
         """
         mode = self.config.objective.loss_agg_mode
-        mask = batch.mask
+        mask = batch.rows.mask
         filled = (mask.sum(-1) > 0).astype(jnp.float32)
         count = mask.sum() if mode == "token-mean" else filled.sum()
-        used = jnp.sum(filled.sum(-1) > 0)
         counts = {
             "token_count": mask.sum(),
-            "skilled_count": (mask * batch.skilled[..., None]).sum(),
+            "skilled_count": (mask * batch.rows.skilled[..., None]).sum(),
             "row_count": filled.sum(),
         }
         loss = functools.partial(self._loss, state, counts, jnp.maximum(count, 1.0))
 
-        def micro(k):
-            part, share = jax.tree.map(lambda x: x[k], (batch, whole))
+        def visit(part, share):
+            part, share = jax.tree.map(sharding.rows, (part, share))
             found, (sums, scored) = jax.grad(loss, has_aux=True)(params, part, share)
-            # All else is added up: what stands row by row is added to zeros.
-            found = sharding.laid(found)
-            return found, sums, jnp.zeros_like(mask).at[k].set(scored)
+            return (sharding.laid(found), sums), scored
 
-        shapes = jax.eval_shape(micro, 0)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        def body(k, total):
-            return jax.tree.map(jnp.add, total, micro(k))
-
-        return jax.lax.fori_loop(0, used, body, zeros)
+        (found, sums), scored = tokens.by_micro_batch(batch, visit, whole)
+        return found, sums, sharding.replicated(scored)
 
     def _loss(self, state: LearnerState, counts, count, params, batch, whole):
         signals = self._signals(state, params, batch, whole)

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 
 import jax
 
-from skillsd_jax import agent, learner, optimizers, rollout, sharding, summaries
+from skillsd_jax import (
+    agent,
+    learner,
+    optimizers,
+    rollout,
+    sharding,
+    summaries,
+    tokens,
+)
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
@@ -36,6 +44,7 @@ def check(config: settings.Config) -> None:
     )
     _check_method(config)
     _check_skills(config)
+    _check_micro_tokens(config)
     _check_mesh(config, _probe(config))
 
 
@@ -104,6 +113,25 @@ def _check_skills(config: settings.Config) -> None:
         )
 
 
+def _check_micro_tokens(config: settings.Config) -> None:
+    """Rows of the longest kind, one for each part of a mesh, are scored at once."""
+    if not config.optimizer.micro_tokens:
+        return
+    prompt, student = config.prompt, recipe(config.objective.name).student_skill
+    plain = prompt.max_prompt_length + prompt.max_response_length
+    if prompt.context == "whole":
+        plain = prompt.max_length
+    skilled = plain + prompt.max_skill_length
+    hinted = student or config.rollout.hinted_groups > 0
+    try:
+        mesh = sharding.make(config.mesh)
+        ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        lengths = [(skilled if hinted else plain, skilled)]
+        tokens.buckets(lengths, 1, config.optimizer, ways)
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+
+
 def _probe(config: settings.Config) -> list[qwen.ModelConfig]:
     """Looks at the weights, starts an episode, reads the libraries for its families:
     what is missing ends the run now.
@@ -150,8 +178,10 @@ def _check_mesh(config: settings.Config, networks: Sequence[qwen.ModelConfig]) -
     except ValueError as fault:
         raise Refused(str(fault)) from fault
     ways, rollouts = mesh.shape["data"] * mesh.shape["fsdp"], config.rollout
+    # micro_tokens leaves it to tokens.buckets how many rows that is.
+    micro = ways if config.optimizer.micro_tokens else config.optimizer.micro_rows
     for name, rows, unit in (
-        ("optimizer.micro_rows", config.optimizer.micro_rows, ways),
+        ("optimizer.micro_rows", micro, ways),
         ("rollout.rows", rollouts.rows, ways * rollouts.cohorts),
     ):
         if rows % unit:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Standing:
       seconds: by phase, since the run began.
       faults: of environments, since the run began.
       skipped: iterations in a row up to now with updates that were not finite.
+      lengths: that rows are padded to, see packing.Packer.
     """
 
     state: learner.LearnerState
@@ -34,6 +35,7 @@ class Standing:
     seconds: dict[str, float]
     faults: dict[str, int]
     skipped: int
+    lengths: Sequence[Sequence[int]]
 
 
 class Savepoints:
@@ -87,6 +89,7 @@ class Savepoints:
             "seconds": standing.seconds,
             "faults": standing.faults,
             "skipped": standing.skipped,
+            "lengths": standing.lengths,
             "origin": self._origin,
         }
         self._checkpoints.save(done, self._moving(standing.state), host, score)
@@ -122,6 +125,7 @@ class Savepoints:
             seconds=host["seconds"],
             faults=host["faults"],
             skipped=host["skipped"],
+            lengths=host["lengths"],
         )
 
     def check(self) -> None:

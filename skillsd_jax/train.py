@@ -1,6 +1,6 @@
 """The iteration loop: wires the parts and owns every side effect.
 
-tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve → prompts, tokens.pack
+tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve → prompts, packing
       → learner.update → bank.credit → metrics, checkpoint
 """
 
@@ -22,6 +22,7 @@ from skillsd_jax import (
     machine,
     metrics,
     optimizers,
+    packing,
     panels,
     practice,
     preemption,
@@ -89,14 +90,13 @@ class Run:
         self.compilations = timing.Compilations()
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
-        self.player = self.agent.player
+        player = self.player = self.agent.player
         stage = rollout.open_stage(config.environment, "train", config.rollout.rows)
         self.stage = stack.enter_context(stage)
         turns = self.stage.max_steps
         episodes = config.rollout.prompts * config.rollout.group_size
         # The most rows an iteration can leave, plus one that is always padding.
         self.batch_rows = episodes * turns + 1
-        self.scored = self.player.scored(turns)
         self.recipe = recipe(config.objective.name)
         self.host: dict[str, Any] = {}
         self._make_learner()
@@ -109,6 +109,9 @@ class Run:
             functools.partial(key_for, config.seed, "rollout"),
             self.expert,
         )
+        plain = player.skilled_length if self.practice.hinted else player.length
+        shape = self.batch_rows, (plain, player.skilled_length), player.scored(turns)
+        self.packer = packing.Packer(config.optimizer, *shape)
         self._make_skills(stack)
         with self.clock("panels"):
             self.panels = panels.Panels(
@@ -260,21 +263,12 @@ class Run:
         with self.clock("update"):
             self.state, sums = self.learner.update(self.state, batch)
             found = learner.means(sums)
-        self.watch.see(iteration, found["skipped_updates"], batch)
+        self.watch.see(iteration, found["skipped_updates"], batch.rows)
         return found
 
-    def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.TokenBatch:
-        batch = tokens.pack(
-            rows,
-            self.batch_rows,
-            self.player.skilled_length if self.practice.hinted else self.player.length,
-            self.player.skilled_length,
-            self.scored,
-        )
-        order = np.random.default_rng([self.config.seed, iteration, 2]).permutation(
-            len(rows)
-        )
-        return tokens.arrange(batch, order, self.config.optimizer)
+    def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.Arranged:
+        rng = np.random.default_rng([self.config.seed, iteration, 2])
+        return self.packer.arranged(rows, rng.permutation(len(rows)))
 
     def _credit(self, played: experience.Experience, shown, unkept) -> None:
         """Books each episode's reward to the skills of the bank that were shown."""
@@ -326,6 +320,7 @@ class Run:
                 seconds=dict(self.clock.total),
                 faults=dict(self._faults()),
                 skipped=self.watch.row,
+                lengths=self.packer.lengths,
             )
             self.savepoints.save(done, standing, score)
 
@@ -342,6 +337,7 @@ class Run:
         self.clock = timing.Clock(standing.seconds)
         self.past_faults = standing.faults
         self.watch = guard.Watch(self.workdir, standing.skipped)
+        self.packer.lengths = standing.lengths
         return done
 
     def _after(self) -> dict[str, Any]:

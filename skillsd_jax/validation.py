@@ -102,6 +102,7 @@ MAY_BE_ZERO = (
     "skills.endpoint.lag",
     "optimizer.weight_decay",
     "optimizer.minibatch_rows",
+    "optimizer.micro_tokens",
     "imitate.steps",
     "evaluate.every",
     "evaluate.teacher_every",

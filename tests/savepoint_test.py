@@ -38,6 +38,7 @@ def standing(value: float) -> savepoint.Standing:
         seconds={"rollout": 1.5},
         faults={"errors": 2},
         skipped=1,
+        lengths=[[8, 16]],
     )
 
 

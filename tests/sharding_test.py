@@ -57,6 +57,7 @@ config = toys.configured(minibatches=2, micro_rows=8, learning_rate=1e-3)
 config.teacher.every = 2
 config.teacher.kind = "periodic"
 data = toys.batch(rows=12, size=13)
+cut = toys.configured(minibatches=2, length_buckets=4, micro_tokens=120)
 folder, meshes, seen = sys.argv[1], json.loads(sys.argv[2]), {}
 
 compilations = timing.Compilations()
@@ -68,7 +69,7 @@ def arranged(step):
 def held(tree):
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
-def start():
+def start(config=config):
     made = learner.Learner(SHAPE, config, updates=10)
     return made, made.init(qwen.init(SHAPE, jax.random.key(0)))
 
@@ -107,6 +108,10 @@ for name, sizes in meshes.items():
         }
         if name == "all":
             seen[name] |= {"resumed": resumed, "places": all(jax.tree.leaves(same))}
+        if name in ("one", "all"):
+            made, state = start(cut)
+            sums = made.update(state, toys.packed(toys.ragged(), cut, sharding.ways()))[1]
+            seen[name]["cut"] = learner.means(sums)
 print(json.dumps(seen))
 """
 
@@ -123,6 +128,13 @@ def test_a_mesh_changes_nothing_but_rounding(learned, name):
     losses = learned["one"]["losses"]
     np.testing.assert_allclose(learned[name]["losses"], losses, atol=1e-4, rtol=1e-4)
     assert np.ptp(losses) > 1e-2  # they do move
+
+
+@pytest.mark.slow
+def test_rows_of_many_lengths_are_cut_on_a_mesh_as_without(learned):
+    wanted = learned["one"]["cut"]
+    for key, value in learned["all"]["cut"].items():
+        assert value == pytest.approx(wanted[key], abs=1e-4, rel=1e-4), key
 
 
 @pytest.mark.slow

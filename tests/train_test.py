@@ -17,6 +17,7 @@ from skillsd_jax import (
     learner,
     manifest,
     metrics,
+    packing,
     practice,
     train,
     validation,
@@ -192,6 +193,34 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(finished, monkey
             train.run(toy(tmp), str(work))
     train.run(toy(tmp), str(work))
     assert figures(work) == figures(tmp / "work")
+
+
+def test_rows_in_buckets_learn_the_same_and_keep_their_lengths_when_resumed(
+    finished, monkeypatch
+):
+    tmp, _ = finished
+    config = toy(tmp)
+    config.optimizer.length_buckets, config.optimizer.micro_tokens = 4, 700
+    train.run(config, str(tmp / "buckets"))
+    rows, plain = figures(tmp / "buckets"), figures(tmp / "work")
+    for key in ("loss", "loss_policy", "loss_distillation", "grad_norm"):
+        assert rows[0][key] == pytest.approx(plain[0][key], abs=1e-5, rel=1e-4)
+    told = metrics.read(tmp / "buckets" / "metrics.jsonl")
+    assert [row["compilations"] for row in told[2:]] == [0, 0]
+    whole = train.Run.iterate
+
+    def broken(self, iteration):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return whole(self, iteration)
+
+    monkeypatch.setattr(train.Run, "iterate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, str(tmp / "buckets_resumed"))
+    monkeypatch.setattr(train.Run, "iterate", whole)
+    monkeypatch.setattr(packing, "fitted", None)  # what was saved is enough
+    train.run(config, str(tmp / "buckets_resumed"))
+    assert figures(tmp / "buckets_resumed") == rows
 
 
 def adapted(tmp: Path) -> settings.Config:
