@@ -29,6 +29,8 @@ def label(config: dict, by: list[str]) -> str:
     for setting in by:
         value = config
         for part in setting.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise SystemExit(f"--by: runs have no setting {setting!r}")
             value = value[part]
         values.append(str(value) or "default")
     return " ".join(values)
@@ -47,6 +49,14 @@ def load(folders: list[str], by: list[str]) -> dict[str, dict[int, dict]]:
             )
         seeds[summary["seed"]] = summary
     return runs
+
+
+def check_baseline(runs: dict[str, dict[int, dict]], baseline: str) -> None:
+    """Refuses a baseline that no run is of."""
+    if baseline not in runs:
+        raise SystemExit(
+            f"no run is {baseline!r}; set --baseline to one of: {', '.join(sorted(runs))}"
+        )
 
 
 def check_same(runs: dict[str, dict[int, dict]]) -> None:
@@ -138,15 +148,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--baseline", default="grpo", help="its label")
-    parser.add_argument("--by", default="objective.name", help="settings, by commas")
+    parser.add_argument("--by", help="settings, by commas; default: objective.name")
     parser.add_argument("--plot", help="PNG of the curves; needs matplotlib")
     arguments = parser.parse_args()
-    by = arguments.by.split(",")
+    by = (arguments.by or "objective.name").split(",")
     runs = load(arguments.folders, by)
+    if arguments.by:
+        check_baseline(runs, arguments.baseline)
     check_same(runs)
     if arguments.plot:
         plot(arguments.folders, by, arguments.plot)
-    heads = (arguments.by, "seeds", "steps", "before", "after", "greedy", "teacher")
+    heads = (",".join(by), "seeds", "steps", "before", "after", "greedy", "teacher")
     print(f"| {' | '.join(heads)} | minus {arguments.baseline} |")
     print("|---" * (len(heads) + 1) + "|")
     for name, seeds in sorted(runs.items()):

@@ -70,10 +70,11 @@ def devices(topology: str) -> list:
 def published(model: str, mesh: settings.Mesh) -> settings.Config:
     config = presets.load(str(presets.FOLDER / "alfworld.py")).get_config(model)
     config.mesh, config.optimizer.micro_rows = mesh, mesh.data * mesh.fsdp
+    config.optimizer.micro_tokens = 0  # a row of the longest on each part
     return config
 
 
-def empty_batch(config: settings.Config) -> tokens.TokenBatch:
+def empty_batch(config: settings.Config) -> tokens.Arranged:
     """An iteration's arrays in their shapes, with one minibatch."""
     prompt = config.prompt
     length = prompt.max_prompt_length + prompt.max_response_length
@@ -191,7 +192,7 @@ def measure(model: str, topology: str, tp: int) -> dict:
         made = learner.Learner(shape, config, updates=config.iterations)
         start = jax.eval_shape(lambda: made.init(qwen.init(shape, jax.random.key(0))))
         start = abstract(start, sharding.shardings(start))
-        rows = abstract(batch, sharding.row_shardings(batch, axis=2))
+        rows = abstract(batch, sharding.whole_shardings(batch))
         compiled = made._update.lower(start, rows).compile()
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -199,7 +200,7 @@ def measure(model: str, topology: str, tp: int) -> dict:
     text = compiled.as_text()
     if PROGRAM.value:
         Path(PROGRAM.value).write_text(text)
-    program = Program.of(text, loops=batch.mask.shape[1])
+    program = Program.of(text, loops=batch.chosen.shape[1])
     collectives = program.collectives()
     return {
         "student": held(start.params),

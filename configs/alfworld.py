@@ -118,6 +118,7 @@ def _published() -> Config:
     skills.similarity = 0.8  # ours: retold in almost the same words is one skill
     skills.author.max_request_length = 4096  # ours: an episode, its turns shortened
     skills.author.max_answer_length = 1024  # ours: a skill and the JSON around it
+    skills.endpoint.max_tokens = 2048  # ours: the same, and a thought before it
 
     optimizer = config.optimizer
     optimizer.learning_rate = 1e-6  # published
@@ -126,7 +127,8 @@ def _published() -> Config:
     optimizer.weight_decay = 0.01  # published
     optimizer.grad_clip = 1.0  # published
     optimizer.minibatch_rows = 256  # published
-    optimizer.micro_rows = 8  # ours: memory
+    optimizer.length_buckets = 8  # ours: 9 % of tokens are padding, not 90
+    optimizer.micro_tokens = 12_288  # ours: memory; both views of two longest rows
 
     config.imitate.steps = 0  # the model is pretrained
 

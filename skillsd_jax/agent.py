@@ -134,7 +134,7 @@ def finished(
         words, model, base = made.player.encoder, made.player.model, None
         if model.lora is not None:
             _, base = lora.split(made.params)
-    check_origin(origin, origin_of(words, base))
+    check_origin(origin, origin_of(words, model, base))
     if model.lora is not None:
         trained = lora.merge(model.lora, lora.join(trained, base))
         model = dataclasses.replace(model, lora=None)
@@ -142,28 +142,37 @@ def finished(
 
 
 def origin_of(
-    words: tokenizer.Tokenizer, base: Any = None, teacher: Any = None
+    words: tokenizer.Tokenizer,
+    model: qwen.ModelConfig,
+    base: Any = None,
+    teacher: Any = None,
 ) -> dict[str, Any]:
-    """Fingerprints of what a checkpoint counts on and does not hold.
+    """What a checkpoint counts on and does not hold, as values that survive JSON.
 
     Args:
       words: the student's tokenizer.
+      model: its network.
       base: weights beside adapters.
       teacher: weights of an external teacher.
     """
     parts = {"base": base, "teacher": teacher}
     held = {name: part and fingerprint(part) for name, part in parts.items()}
-    return {"tokenizer": words.fingerprint, **held}
+    network = json.loads(json.dumps(dataclasses.asdict(model)))
+    return {"tokenizer": words.fingerprint, "network": network, **held}
 
 
 def check_origin(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises ValueError where a part is not what the checkpoint was trained with."""
     changed = [name for name in now if now[name] and now[name] != before.get(name)]
-    if changed:
-        raise ValueError(
-            f"the checkpoint was trained with another {' and '.join(changed)}; give the "
-            "same files and the same version of this program, or start anew"
-        )
+    if not changed:
+        return
+    sizes = settings.difference(*(each.get("network", {}) for each in (before, now)))
+    rows = [f"\n  {name}: {a} there, {b} now" for name, (a, b) in sizes.items()]
+    raise ValueError(
+        f"the checkpoint was trained with another {' and '.join(changed)}; give the same "
+        "files in model.path and teacher.path and the same version of this program, or "
+        "start anew" + "".join(rows)
+    )
 
 
 def make_teacher(

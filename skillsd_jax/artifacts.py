@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
+
+_PART = re.compile(r"\.[0-9a-f]{32}-")  # begins the names that `_beside` gives
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
@@ -31,6 +34,16 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what writes that a crash cut short have left in a folder.
+
+    Nobody else may be writing there.
+    """
+    for path in folder.rglob(".*"):
+        if _PART.match(path.name) and path.is_file():
+            path.unlink()
 
 
 def content_hash(*values) -> str:

@@ -188,12 +188,15 @@ class Author:
 
 @dataclasses.dataclass
 class Endpoint:
-    """A server with the chat interface of OpenAI as the writer of skills."""
+    """A server with the chat interface of OpenAI as the writer of skills.
+
+    Failures are not reproduced: what goes on or replays has an answer that came later.
+    """
 
     url: str = ""  # e.g. http://localhost:8000/v1
     model: str = ""  # as the server calls it
     temperature: float = 0.7
-    max_tokens: int = 512  # of an answer
+    max_tokens: int = 512  # of an answer; asks for a third as many words at most
     key_variable: str = "OPENAI_API_KEY"  # environment variable with the key
     timeout_s: float = 60.0  # of one attempt
     retries: int = 3
@@ -208,7 +211,9 @@ class Endpoint:
 class Skills:
     maker: str = "template"  # template, policy, endpoint
     comparative: bool = False  # one skill from a group's successes and failures
-    asynchronous: bool = False  # endpoint: enters when it is there; not reproducible
+    # Endpoint: a skill enters when it is there; not reproducible. Of more requests than
+    # 4 × concurrency or two iterations' worth that wait the oldest are dropped as late.
+    asynchronous: bool = False
     retrieval: str = "ucb"  # a mixture: [shelf:]rule+…, see skills/retrieval.py
     exploration: float = 1.0  # c of UCB; 0.3 earns more over 500 shows of 20 skills
     embedding: str = "hashed"  # of retrieval; or sentence-transformers:MODEL
@@ -236,6 +241,10 @@ class Optimizer:
     minibatches: int = 4  # updates per iteration
     minibatch_rows: int = 0  # rows per update instead; 0: use `minibatches`
     micro_rows: int = 32  # rows scored at once
+    micro_tokens: int = (
+        0  # tokens scored at once, padding and both views; 0: micro_rows
+    )
+    length_buckets: int = 1  # lengths that rows are padded to; 1: the longest alone
 
 
 @dataclasses.dataclass
@@ -271,7 +280,8 @@ class Config:
     seed: int = 0
     iterations: int = 40
     checkpoint_every: int = 5  # iterations
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_best: int = 0  # besides, by success in the evaluation of their iteration
     sample_trajectories: int = 4  # written to trajectories/ per iteration
     cache: str = ""  # warm starts and tokenizers; "": the user's cache folder
     writers: str = ""  # comma-separated extra sinks: tensorboard, wandb

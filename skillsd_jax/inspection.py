@@ -66,7 +66,7 @@ def restore(
     Raises:
       ValueError: there is no such checkpoint, or its parts are not there any more.
     """
-    done, trained, host = checkpoint.read(workdir / "checkpoints", "params", step)
+    done, trained, host = checkpoint.read(workdir / "checkpoints", "params", step, say)
     words, model, params = agent.finished(config, trained, host["origin"], say)
     player = rollout.Player(model, words, config.prompt, rows=1)
     params = jax.tree.map(jax.numpy.asarray, params)

@@ -10,10 +10,10 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from skillsd_jax import config as settings
-from skillsd_jax import optimizers, sharding, tokens
+from skillsd_jax import guard, optimizers, sharding, teachers, tokens
 from skillsd_jax.losses import masking, mismatch, objective, schedules
 from skillsd_jax.models import lora, qwen, scoring
-from skillsd_jax.tokens import TokenBatch
+from skillsd_jax.tokens import Arranged, TokenBatch
 
 Params = Any
 
@@ -141,67 +141,58 @@ class Learner:
         return sharding.put(state)
 
     def update(
-        self, state: LearnerState, batch: TokenBatch
+        self, state: LearnerState, batch: Arranged
     ) -> tuple[LearnerState, dict[str, tuple[Array, Array]]]:
-        """One iteration: an optimiser step per minibatch.
+        """One iteration: an optimiser step per minibatch whose gradient is finite.
 
         Args:
           state: donated.
-          batch: as `tokens.arrange` leaves it, [M, K, micro_rows, …].
+          batch: as `tokens.arrange` leaves it.
 
         Returns:
           The next state and metrics as (Σ value·weight, Σ weight) over the batch.
         """
-        return self._update(state, sharding.put_rows(batch, axis=2))
+        return self._update(state, sharding.put_whole(batch))
 
-    def _iteration(self, state: LearnerState, batch: TokenBatch):
+    def _iteration(self, state: LearnerState, batch: Arranged):
         whole = self._whole(state, batch)
 
         def minibatch(carry, part):
             params, moments = carry
             gradient, sums, scored = self._gradient(state, params, *part)
-            filled = jnp.any(part[0].mask > 0)
-            sums["grad_norm"] = (optax.global_norm(gradient), jnp.float32(filled))
+            filled = jnp.any(part[0].rows.mask > 0)
+            norm = optax.global_norm(gradient)
+            sound = guard.sound(norm, sums)
+            sums["grad_norm"] = (norm, jnp.float32(filled))
             sums["minibatches"] = (jnp.float32(filled), jnp.zeros(()))
+            sums["skipped_updates"] = (jnp.float32(filled & ~sound), jnp.zeros(()))
 
             def apply():
                 change, following = self.optimizer.update(gradient, moments, params)
                 return optax.apply_updates(params, change), following
 
-            following = jax.lax.cond(filled, apply, lambda: (params, moments))
+            following = jax.lax.cond(filled & sound, apply, lambda: (params, moments))
             return following, (sums, scored)
 
         (params, moments), (sums, scored) = jax.lax.scan(
             minibatch, (state.params, state.optimizer), (batch, whole)
         )
         sums = jax.tree.map(lambda x: x.sum(0), sums)
-        sums |= self._mismatch(batch, whole, scored)
-        step = state.step + 1
+        sums |= self._mismatch(batch.rows, whole, scored)
+        step, skipped = state.step + 1, sums["skipped_updates"][0]
+        learned = (skipped == 0) | (skipped < sums["minibatches"][0])
+        kind, setting = self.teacher_kind, self.config.teacher
         following = dataclasses.replace(
             state,
             step=step,
             params=params,
             optimizer=moments,
-            teacher=self._sync(step, state.teacher, params),
+            teacher=teachers.follow(
+                kind, setting, step, learned, state.teacher, params
+            ),
             plateau=self._follow(state.plateau, sums),
         )
         return sharding.laid(following), sharding.replicated(sums)
-
-    def _sync(self, step, teacher, params):
-        """Brings the teacher up to the student as its kind says."""
-        setting = self.config.teacher
-        if teacher is None or self.teacher_kind not in ("periodic", "ema"):
-            return teacher
-        due = step % setting.every == 0
-
-        def copied(old, new):
-            return jnp.where(due, new, old)
-
-        def mixed(old, new):
-            return old + setting.rate * (new - old)
-
-        follow = copied if self.teacher_kind == "periodic" else mixed
-        return jax.tree.map(follow, teacher, params)
 
     def _follow(self, plateau: schedules.Plateau, sums) -> schedules.Plateau:
         if "gap_squared" not in sums:
@@ -210,20 +201,20 @@ class Learner:
         gap = jnp.where(weight > 0, jnp.sqrt(total / weight), jnp.nan)
         return plateau.follow(gap, self.config.objective.plateau_tolerance)
 
-    def _whole(self, state: LearnerState, batch: TokenBatch) -> Whole:
+    def _whole(self, state: LearnerState, batch: Arranged) -> Whole:
         """Advantages need the whole iteration, before it is split."""
-        teacher, old, correction = None, batch.old, None
+        rows, teacher, correction = batch.rows, None, None
+        old = rows.old
         if self.recipe.credits:
-            teacher = tokens.by_micro_batch(
+            teacher = self._everywhere(
                 batch, lambda part: self._taught(state, state.params, part)[0]
             )
         if self.rescores:
-            old = tokens.by_micro_batch(batch, functools.partial(self._rescored, state))
+            old = self._everywhere(batch, functools.partial(self._rescored, state))
         if cap := self.config.rollout.correction_cap:
-            correction = mismatch.correction(old, batch.old, cap)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), batch)
-        flat = sharding.replicated(flat)
-        shape = batch.mask.shape
+            correction = mismatch.correction(old, rows.old, cap)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+        shape = rows.mask.shape
         episodes = objective.Episodes(
             reward=flat.reward,
             group=flat.group,
@@ -249,11 +240,20 @@ class Learner:
             teacher=teacher,
         )
 
+    def _everywhere(self, batch: Arranged, score) -> Float[Array, "M S R"]:
+        """score(micro-batch) of every one of an iteration, 0 elsewhere."""
+
+        def visit(part):
+            return (), score(jax.tree.map(sharding.rows, part))
+
+        found = jax.lax.map(lambda part: tokens.by_micro_batch(part, visit)[1], batch)
+        return sharding.replicated(found)
+
     def _mismatch(self, batch: TokenBatch, whole: Whole, scored) -> mismatch.Figures:
         """How the sampler differs from the scorer, and what that is corrected by.
 
         Args:
-          scored: by the student, [M K b R], each minibatch by the weights it met: those
+          scored: by the student, [M S R], each minibatch by the weights it met: those
             of the first are the ones that played.
         """
         mask = batch.mask
@@ -269,38 +269,30 @@ class Learner:
             figures |= mismatch.corrected(whole.correction, mask, cap)
         return figures
 
-    def _gradient(self, state: LearnerState, params, batch: TokenBatch, whole):
+    def _gradient(self, state: LearnerState, params, batch: Arranged, whole):
         """Gradient of one minibatch, micro-batch by micro-batch.
 
         The loop runs over the micro-batches that hold real rows, so padding to a
         static shape costs memory but no time.
         """
         mode = self.config.objective.loss_agg_mode
-        mask = batch.mask
+        mask = batch.rows.mask
         filled = (mask.sum(-1) > 0).astype(jnp.float32)
         count = mask.sum() if mode == "token-mean" else filled.sum()
-        used = jnp.sum(filled.sum(-1) > 0)
         counts = {
             "token_count": mask.sum(),
-            "skilled_count": (mask * batch.skilled[..., None]).sum(),
+            "skilled_count": (mask * batch.rows.skilled[..., None]).sum(),
             "row_count": filled.sum(),
         }
         loss = functools.partial(self._loss, state, counts, jnp.maximum(count, 1.0))
 
-        def micro(k):
-            part, share = jax.tree.map(lambda x: x[k], (batch, whole))
+        def visit(part, share):
+            part, share = jax.tree.map(sharding.rows, (part, share))
             found, (sums, scored) = jax.grad(loss, has_aux=True)(params, part, share)
-            # All else is added up: what stands row by row is added to zeros.
-            found = sharding.laid(found)
-            return found, sums, jnp.zeros_like(mask).at[k].set(scored)
+            return (sharding.laid(found), sums), scored
 
-        shapes = jax.eval_shape(micro, 0)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        def body(k, total):
-            return jax.tree.map(jnp.add, total, micro(k))
-
-        return jax.lax.fori_loop(0, used, body, zeros)
+        (found, sums), scored = tokens.by_micro_batch(batch, visit, whole)
+        return found, sums, sharding.replicated(scored)
 
     def _loss(self, state: LearnerState, counts, count, params, batch, whole):
         signals = self._signals(state, params, batch, whole)
@@ -385,12 +377,13 @@ def means(sums: dict[str, tuple[Array, Array]]) -> dict[str, float]:
     """Divides the sums of `Learner.update`, once, on the host.
 
     Losses are means over minibatches; everything else is weighted by tokens. A gap of
-    no tokens is left out.
+    no tokens is left out where it is that of a place, and 0 where it is that of all.
     """
     values = jax.device_get(sums)
-    minibatches, out = float(values.pop("minibatches")[0]), {}
+    minibatches = float(values.pop("minibatches")[0])
+    out = {"skipped_updates": float(values.pop("skipped_updates")[0])}
     for name, (total, weight) in sorted(values.items()):
-        if name.startswith("gap_") and not weight:
+        if name.startswith("gap_") and name != "gap_squared" and not weight:
             continue  # of turns that nobody reached, of words that nobody thought
         divisor = minibatches if name.startswith("loss_") else float(weight)
         out[name] = float(total) / max(divisor, 1e-9)

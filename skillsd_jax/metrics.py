@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -41,6 +42,7 @@ class JsonLines:
         row = {"iteration": iteration, **_plain(values)}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

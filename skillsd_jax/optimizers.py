@@ -33,6 +33,13 @@ def make(
     )
 
 
+def per_iteration(config: settings.Optimizer, rows: int) -> int:
+    """Optimiser steps of an iteration of so many rows, at most."""
+    if config.minibatch_rows:
+        return -(-rows // config.minibatch_rows)
+    return config.minibatches
+
+
 def schedule(config: settings.Optimizer, steps: int) -> optax.Schedule:
     """Learning rate by optimiser step."""
     if config.schedule == "cosine":

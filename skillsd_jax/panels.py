@@ -82,16 +82,36 @@ class Panels:
             hint,
         )
 
+    def during(self, done: int, student: Any, teacher: Any) -> dict[str, Any]:
+        """What is to be played after `done` iterations, as metrics.jsonl has it.
+
+        Args:
+          done: iterations.
+          student, teacher: weights.
+        """
+        setting, found = self.setting, {}
+        if setting.every and done % setting.every == 0:
+            found["evaluation"] = dataclasses.asdict(self.student(student))
+        if setting.teacher_every and done % setting.teacher_every == 0:
+            found["teacher"] = self.teacher(student, teacher, "")
+        return found
+
     def standing(
-        self, params: Any, hint: Hint | None = None
-    ) -> dict[str, evaluate.Result]:
-        """Sampled and, where asked for, greedy results, and those with skills."""
+        self, params: Any, when: str, hint: Hint | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Sampled and, where asked for, greedy results, and those with skills.
+
+        Args:
+          params: weights of the student.
+          when: 'before' or 'after', in the names of summary.json.
+          hint: skills of the student.
+        """
         results = {"": self.student(params)}
         if self.setting.greedy:
             results["_greedy"] = self.student(params, greedy=True)
         if hint is not None:
             results["_with_skills"] = self.student(params, hint=hint)
-        return results
+        return {when + name: dataclasses.asdict(r) for name, r in results.items()}
 
     def teacher(
         self, student: Any, teacher: Any, when: str

@@ -1,10 +1,19 @@
 """What a run needs is there, and fits together, before anything starts."""
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
 
-from skillsd_jax import agent, learner, optimizers, rollout, sharding, summaries
+from skillsd_jax import (
+    agent,
+    learner,
+    optimizers,
+    rollout,
+    sharding,
+    summaries,
+    tokens,
+)
 from skillsd_jax import config as settings
 from skillsd_jax.environments import ENVIRONMENTS
 from skillsd_jax.losses.objective import recipe
@@ -13,9 +22,12 @@ from skillsd_jax.models import attention, huggingface, qwen, shapes, tokenizer
 from skillsd_jax.skills import retrieval, stock, written
 from skillsd_jax.validation import Refused, validate
 
+# What a writer of skills costs; a template costs nothing.
+COSTS = {"endpoint": "pays a server", "policy": "takes the time of every iteration"}
+
 
 def check(config: settings.Config) -> None:
-    """Values, skills, method, model, weights, environment, devices, in this order.
+    """Values, method, skills, weights, environment, libraries, devices, in this order.
 
     Raises:
       Refused: the run cannot work; nothing has been changed.
@@ -32,6 +44,7 @@ def check(config: settings.Config) -> None:
     )
     _check_method(config)
     _check_skills(config)
+    _check_micro_tokens(config)
     _check_mesh(config, _probe(config))
 
 
@@ -79,27 +92,49 @@ def _check_method(config: settings.Config) -> None:
 
 
 def _check_skills(config: settings.Config) -> None:
-    """Libraries can be read, rules are known, and whoever is to write can be asked, for
-    skills that are shown."""
+    """Rules are known; whoever is to write can be asked, for skills that are shown."""
     skills, method = config.skills, recipe(config.objective.name)
     try:
         retrieval.check(skills.retrieval, skills.embedding)
-        stock.open_bank(skills)
         summaries.check(config)
     except ValueError as fault:
         raise Refused(str(fault)) from fault
     hinted = method.student_skill or config.rollout.hinted_groups
     reads = hinted or method.shown == "skill"
-    if skills.maker == "endpoint" and not reads:
+    wrong = ""
+    if not reads:
+        wrong = f"objective.name={config.objective.name} reads none of the bank"
+    elif not retrieval.shows(skills.retrieval):
+        wrong = f"skills.retrieval={skills.retrieval} shows none"
+    if skills.maker in COSTS and wrong:
         raise Refused(
-            f"skills.maker=endpoint pays a server for skills that nobody is shown: "
-            f"objective.name={config.objective.name} reads none of the bank; leave "
-            "skills.maker=template, or take a method that shows them"
+            f"skills.maker={skills.maker} {COSTS[skills.maker]} for skills that nobody "
+            f"is shown: {wrong}; leave skills.maker=template, or show them"
         )
 
 
+def _check_micro_tokens(config: settings.Config) -> None:
+    """Rows of the longest kind, one for each part of a mesh, are scored at once."""
+    if not config.optimizer.micro_tokens:
+        return
+    prompt, student = config.prompt, recipe(config.objective.name).student_skill
+    plain = prompt.max_prompt_length + prompt.max_response_length
+    if prompt.context == "whole":
+        plain = prompt.max_length
+    skilled = plain + prompt.max_skill_length
+    hinted = student or config.rollout.hinted_groups > 0
+    try:
+        mesh = sharding.make(config.mesh)
+        ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        lengths = [(skilled if hinted else plain, skilled)]
+        tokens.buckets(lengths, 1, config.optimizer, ways)
+    except ValueError as fault:
+        raise Refused(str(fault)) from fault
+
+
 def _probe(config: settings.Config) -> list[qwen.ModelConfig]:
-    """Looks at the weights and starts an episode: what is missing ends the run now.
+    """Looks at the weights, starts an episode, reads the libraries for its families:
+    what is missing ends the run now.
 
     Returns:
       The student's shape and that of a folder's external teacher.
@@ -109,18 +144,19 @@ def _probe(config: settings.Config) -> list[qwen.ModelConfig]:
         if config.teacher.path:
             networks.append(huggingface.check(config.teacher.path))
             agent.check_words(config)
+        room = None
         if config.model.path:
             words = tokenizer.load(config.model.path)
             # Reads what ends a reply: a name the tokenizer has not is refused here.
             player = rollout.Player(networks[0], words, config.prompt, rows=1)
             _ = player.stop_ids, player.guide
             room = written.Room(config.prompt.max_skill_length, player.prompter.size)
-            stock.open_bank(config.skills, room)
         environment = rollout.environment(config.environment, "train")
-        environment.reset(0)
+        with contextlib.closing(environment):
+            environment.reset(0)
+            stock.open_bank(config.skills, room, environment.families)
     except (ImportError, ValueError, OSError) as fault:
         raise Refused(str(fault)) from fault
-    environment.close()
     kind, dtype = config.model.attention, config.model.dtype
     for network in networks:
         size, backend = network.head_size, jax.default_backend()
@@ -142,8 +178,10 @@ def _check_mesh(config: settings.Config, networks: Sequence[qwen.ModelConfig]) -
     except ValueError as fault:
         raise Refused(str(fault)) from fault
     ways, rollouts = mesh.shape["data"] * mesh.shape["fsdp"], config.rollout
+    # micro_tokens leaves it to tokens.buckets how many rows that is.
+    micro = ways if config.optimizer.micro_tokens else config.optimizer.micro_rows
     for name, rows, unit in (
-        ("optimizer.micro_rows", config.optimizer.micro_rows, ways),
+        ("optimizer.micro_rows", micro, ways),
         ("rollout.rows", rollouts.rows, ways * rollouts.cohorts),
     ):
         if rows % unit:

@@ -109,7 +109,9 @@ def _laid(state: SamplerState) -> SamplerState:
     keys, values = (
         tuple(rows(x, "tp") for x in memory) for memory in (cache.keys, cache.values)
     )
-    return SamplerState(KVCache(keys, values, rows(cache.length)), rows(state.logits))
+    return SamplerState(
+        KVCache(keys, values, rows(cache.length), cache.turned), rows(state.logits)
+    )
 
 
 def gather(state: SamplerState, index: Int[Array, "C"]) -> SamplerState:

@@ -197,30 +197,17 @@ def put(tree: PyTree) -> PyTree:
     return tree if where is None else jax.tree.map(_put, tree, where)
 
 
-def put_rows(tree: PyTree, axis: int = 0) -> PyTree:
-    """Arrays from the host, the rows of their dimension `axis` split.
-
-    Raises:
-      ValueError: they cannot be split evenly.
-    """
-    where = row_shardings(tree, axis)
+def put_whole(tree: PyTree) -> PyTree:
+    """Arrays from the host, the same on every device."""
+    where = whole_shardings(tree)
     return tree if where is None else jax.tree.map(_put, tree, where)
 
 
-def row_shardings(tree: PyTree, axis: int = 0) -> PyTree | None:
-    """Of arrays, or of their shapes, whose dimension `axis` is split; see put_rows."""
+def whole_shardings(tree: PyTree) -> PyTree | None:
+    """Of arrays, or of their shapes, that are the same on every device."""
     if not sizes():
         return None
-
-    def one(x):
-        if x.shape[axis] % ways():
-            raise ValueError(
-                f"{x.shape[axis]} rows cannot be split over mesh.data × mesh.fsdp = "
-                f"{ways()} devices evenly; make them a multiple of it"
-            )
-        return _sharding(PartitionSpec(*[None] * axis, ROWS))
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda x: _sharding(PartitionSpec()), tree)
 
 
 def made(make: Callable[..., PyTree], *arguments) -> PyTree:
@@ -261,7 +248,6 @@ def looked_up(x: jax.Array) -> jax.Array:
     An axis at a time: of one leap the compiler makes the whole of all rows everywhere.
     """
     between = (None,) * (x.ndim - 2)
-    x = split(x, "data", *between, HEAD)
     return rows(split(x, ROWS, *between, "tp"))
 
 

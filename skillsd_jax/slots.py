@@ -157,7 +157,9 @@ class Slots:
                 f"{self.room.window}; cut the context first"
             )
         self._grow(longest)
-        leaders, copies = _leaders(asks, self.known)
+        leaders, copies = asks, []
+        if not self.room.still:  # there it would change devices, and save nothing
+            leaders, copies = _leaders(asks, self.known)
         self._read(leaders)
         if copies:
             self._copy(copies)
@@ -230,7 +232,8 @@ class Slots:
             self._grow(slots)
             for length in self.room.pieces:
                 self._piece([], length)
-            self._copy([(0, 0)])
+            if not self.room.still:
+                self._copy([(0, 0)])
             self.state, reply = _speak(
                 self.voice.model,
                 self.voice.how,

@@ -20,7 +20,8 @@ from skillsd_jax.skills import bank as skill_bank
 from skillsd_jax.skills.skill import Skill
 from skillsd_jax.validation import Refused
 
-# A writer is asked for half a word per token of a skill, and for this many at least.
+# A writer is asked for half a word per token of a skill, a third per token of its
+# answer, which holds JSON as well, and for this many at least.
 WORDS = 20
 # What becomes of what is asked; figures of every iteration.
 FIGURES = ("asked", *written.OUTCOMES, "late", "waiting")
@@ -29,10 +30,14 @@ LOCAL = "http://localhost"  # in the place of no url
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """Skills that enter the bank now, and counts by name of FIGURES."""
+    """Skills that enter the bank now, and counts by name of FIGURES.
+
+    An endpoint's have 'server' as well: further attempts, and requests that failed
+    since the last iteration by why, see endpoint.Writer.counts.
+    """
 
     skills: list[Skill]
-    counts: dict[str, int]
+    counts: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Summaries:
       config: the run's settings.
       player: whose network, tokenizer and prompting.
       keys: sampling key of an iteration.
+      say: tells the user.
 
     Raises:
       ValueError: the endpoint cannot be used.
@@ -61,8 +67,10 @@ class Summaries:
         config: settings.Config,
         player: rollout.Player,
         keys: Callable[[int], jax.Array],
+        say: Callable[[str], None],
     ):
-        self.config, self.keys = config.skills, keys
+        self.config, self.keys, self.say = config.skills, keys, say
+        self.iterations, self.backlog = config.iterations, backlog(config)
         self.writer: endpoint.Writer | None = None
         if self.config.maker == "endpoint":
             self.writer = endpoint.Writer(asked_of(self.config.endpoint, config.seed))
@@ -70,7 +78,7 @@ class Summaries:
         self.writing = written.Writing(
             self.config.maker,
             room,
-            written.Limits(words=max(WORDS, room.tokens // 2)),
+            written.Limits(words=words(self.config, room.tokens)),
             self.writer.endpoint.scrub if self.writer else str,
         )
         self.make = {
@@ -80,17 +88,17 @@ class Summaries:
         }[self.config.maker]
         self.author = author.Author.of(player, self.config.author)
         self._pending: list[_Pending] = []
+        self._counted: dict[str, int] = {}  # by the writer, up to the last iteration
+        self._mute = False  # all that was due in the last iteration failed
 
-    def open_bank(
-        self, families: Collection[str], say: Callable[[str], None]
-    ) -> skill_bank.Bank:
+    def open_bank(self, families: Collection[str]) -> skill_bank.Bank:
         """The bank to begin with, see stock.open_bank.
 
         Raises:
           Refused: a library cannot be used.
         """
         try:
-            return stock.open_bank(self.config, self.writing.room, families, say)
+            return stock.open_bank(self.config, self.writing.room, families, self.say)
         except ValueError as fault:
             raise Refused(str(fault)) from fault
 
@@ -147,25 +155,63 @@ class Summaries:
         return written.read(requests, answers, self.writing, iteration)
 
     def _endpoint(self, groups: Sequence[summarizer.Group], iteration: int, params):
-        for request in self._requests(groups):
-            self._ask(request, iteration + self.config.endpoint.lag)
-        come, waiting, late = [], [], 0
+        due = iteration + delay(self.config)
+        # What could enter after the last iteration alone is not paid for.
+        requests = self._requests(groups) if due < self.iterations else []
+        for request in requests:
+            self._ask(request, due)
+        come, waiting, late = self._sorted(iteration)
+        self._pending = waiting
+        for each in late:
+            each.handle.cancel()
+        answers = [each.handle.result()[0] for each in come]
+        texts = [each.request for each in come]
+        made, counts = written.read(texts, answers, self.writing, iteration)
+        known = {"asked": len(requests), **counts, "late": len(late)}
+        if come or late:
+            self._tell(known["late"] + counts.get("failed", 0), len(come) + len(late))
+        return made, known | {"server": self._news()}
+
+    def _sorted(
+        self, iteration: int
+    ) -> tuple[list[_Pending], list[_Pending], list[_Pending]]:
+        """Of what is under way what is taken now, waited for, and dropped as late."""
+        come, waiting, late = [], [], []
         for each in self._pending:
-            due = each.due <= iteration
-            patient = self.config.endpoint.late == "wait" or each.handle.ready()
             if self.config.asynchronous:
                 (come if each.handle.ready() else waiting).append(each)
-            elif not due:
+            elif each.due > iteration:
                 waiting.append(each)
-            elif patient:
+            elif self.config.endpoint.late == "wait" or each.handle.ready():
                 come.append(each)
             else:
-                late += 1
-        self._pending = waiting
-        answers = [each.handle.result()[0] for each in come]
-        requests = [each.request for each in come]
-        made, counts = written.read(requests, answers, self.writing, iteration)
-        return made, {**counts, "late": late}
+                late.append(each)
+        if self.config.asynchronous:
+            over = max(0, len(waiting) - self.backlog)
+            waiting, late = waiting[over:], waiting[:over]
+        return come, waiting, late
+
+    def _news(self) -> dict[str, int]:
+        """What the writer has counted since the last call, if it went wrong."""
+        before, self._counted = self._counted, self._failures()
+        since = {n: count - before.get(n, 0) for n, count in self._counted.items()}
+        return {name: count for name, count in since.items() if count}
+
+    def _failures(self) -> dict[str, int]:
+        """Further attempts so far, and requests that failed by why."""
+        counts = self.writer.counts if self.writer else {}
+        return {n: c for n, c in counts.items() if n not in ("asked", "answered")}
+
+    def _tell(self, failed: int, due: int) -> None:
+        """Says that a server gives nothing, when that begins."""
+        mute, self._mute = self._mute, failed == due
+        if self._mute and not mute:
+            why = ", ".join(f"{n} {c}" for n, c in self._failures().items())
+            self.say(
+                f"no skills: of all {due} that were due none came from the endpoint "
+                f"(so far: {why or 'no failures, it is slow'}); the run goes on without "
+                "new ones; see skills.server in metrics.jsonl"
+            )
 
     def _requests(self, groups: Sequence[summarizer.Group]) -> list[written.Request]:
         return [written.Request.of(group, self.writing.limits) for group in groups]
@@ -175,6 +221,31 @@ class Summaries:
             raise ValueError("only an endpoint can be asked ahead of time")
         handle = self.writer.submit([request.text])
         self._pending.append(_Pending(request, due, handle))
+
+
+def words(config: settings.Skills, tokens: int) -> int:
+    """How many a writer is asked for.
+
+    Args:
+      config: who writes, and how long an answer may be.
+      tokens: of a skill, at most.
+    """
+    answers = {
+        "policy": config.author.max_answer_length,
+        "endpoint": config.endpoint.max_tokens,
+    }
+    return max(WORDS, min(tokens // 2, answers.get(config.maker, 3 * tokens) // 3))
+
+
+def delay(config: settings.Skills) -> int:
+    """Iterations until an endpoint's skill enters; asynchronous: at the soonest."""
+    return 1 if config.asynchronous else config.endpoint.lag
+
+
+def backlog(config: settings.Config) -> int:
+    """Requests that wait at most in asynchronous mode: always two iterations' worth."""
+    iteration = config.rollout.prompts * config.skills.per_group
+    return max(4 * config.skills.endpoint.concurrency, 2 * iteration)
 
 
 def check(config: settings.Config) -> None:
@@ -191,6 +262,13 @@ def check(config: settings.Config) -> None:
         asked = asked_of(chosen, config.seed)
         with _named():
             endpoint.check(asked)
+        late = delay(config.skills)
+        if 0 < config.iterations <= late:
+            raise ValueError(
+                f"iterations={config.iterations} are over before a skill of "
+                f"skills.maker=endpoint enters; set --config.iterations={late + 1} or "
+                "more, or --config.skills.endpoint.lag below it"
+            )
     elif config.skills.asynchronous:
         raise ValueError(
             f"skills.asynchronous is of skills.maker=endpoint alone; {maker} writes "

@@ -2,10 +2,14 @@
 
 import collections
 import contextlib
+import platform
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import jax
+
+from skillsd_jax import artifacts
 
 
 class Clock:
@@ -46,3 +50,16 @@ class Compilations:
 
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._heard)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Programs are compiled once: kept in `folder`, apart for each kind of machine."""
+    jax.config.update("jax_compilation_cache_dir", str(folder / _machine()))
+
+
+def _machine() -> str:
+    """Names what compiled programs depend on: jaxlib and the processor's features."""
+    described = Path("/proc/cpuinfo")
+    features = described.read_text() if described.exists() else platform.processor()
+    flags = {line for line in features.split("\n") if line.startswith("flags")}
+    return artifacts.content_hash(jax.lib.__version__, platform.machine(), flags)

@@ -1,7 +1,9 @@
 """From segments to arrays: the only bridge between host text and device batches."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from skillsd_jax.config import Optimizer
 from skillsd_jax.trajectory import Segment
+
+PyTree = Any
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +64,35 @@ class TokenBatch:
     group: Int[Array, "B"]
     trajectory: Int[Array, "B"]
     success: Float[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """The shape of a micro-batch: rows, and tokens of a row in each of its views."""
+
+    rows: int
+    student: int
+    teacher: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Arranged:
+    """The rows of an iteration, dealt to minibatches and cut into micro-batches.
+
+    Args:
+      rows: [M, S, …]; the rest of a minibatch is padding.
+      first: its first row of each micro-batch.
+      chosen: index of each micro-batch's bucket.
+      used: micro-batches with real rows.
+      buckets: the shapes there are, rising; part of what is compiled.
+    """
+
+    rows: TokenBatch
+    first: Int[Array, "M K"]
+    chosen: Int[Array, "M K"]
+    used: Int[Array, "M"]
+    buckets: tuple[Bucket, ...] = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,48 +210,161 @@ def pack(
     )
 
 
-def arrange(batch: TokenBatch, order: np.ndarray, config: Optimizer) -> TokenBatch:
-    """Deals rows to minibatches: [B, …] → [M, K, micro_rows, …].
+def buckets(
+    lengths: Sequence[tuple[int, int]], size: int, config: Optimizer, ways: int = 1
+) -> tuple[Bucket, ...]:
+    """The shapes of micro-batches whose views have these lengths.
+
+    Args:
+      lengths: of the plain view and of the skilled one, rising in both.
+      size: B, rows of a batch.
+      config: micro_rows or micro_tokens, and what share of B a minibatch may have.
+      ways: a multiple of so many rows is scored at once, see sharding.ways.
+
+    Raises:
+      ValueError: micro_tokens holds no row of the longest.
+    """
+    if not config.micro_tokens:
+        return tuple(Bucket(config.micro_rows, *pair) for pair in lengths)
+    needed = ways * sum(lengths[-1])
+    if config.micro_tokens < needed:
+        raise ValueError(
+            f"optimizer.micro_tokens={config.micro_tokens} must hold both views of "
+            f"{ways} of the longest rows, which are {needed} tokens; set it to {needed} "
+            "or more"
+        )
+    share = -(-_share(size, config) // ways) * ways
+    fits = [config.micro_tokens // sum(pair) // ways * ways for pair in lengths]
+    return tuple(Bucket(min(n, share), *pair) for n, pair in zip(fits, lengths))
+
+
+def arrange(
+    batch: TokenBatch,
+    order: np.ndarray,
+    config: Optimizer,
+    shapes: Sequence[Bucket] = (),
+) -> Arranged:
+    """Deals rows to minibatches and cuts those into micro-batches: [B, …] → [M, S, …].
 
     Rows are dealt round-robin in `order`, so that minibatches differ by one row at
     most; the rest of each is padding with mask 0. With `minibatch_rows` set, as many
     minibatches are filled as rows need and the others stay empty: no update.
 
+    Among several buckets the longest rows come first, and every micro-batch takes the
+    smallest bucket of its longest row with as many rows as that has, shorter ones too:
+    only the last micro-batch of a minibatch holds padding rows.
+
     Args:
       batch: numpy arrays [B, …] whose last row is padding.
       order: permutation of the real rows, which come first.
-      config: minibatches or minibatch_rows, and micro_rows.
+      config: minibatches or minibatch_rows.
+      shapes: of micro-batches, rising; (): as long as the batch, micro_rows or
+        micro_tokens of it.
     """
-    size, micro = batch.reward.shape[0], config.micro_rows
+    size = len(batch.reward)
+    if not shapes:
+        longest = batch.student.tokens.shape[1], batch.teacher.tokens.shape[1]
+        shapes = buckets([longest], size, config)
+    share, rows = _share(size, config), [shape.rows for shape in shapes]
     most = used = config.minibatches
     if config.minibatch_rows:
         most = -(-size // config.minibatch_rows)
         used = max(1, round(len(order) / config.minibatch_rows))
-    share = (
-        -(-size // used)
-        if not config.minibatch_rows
-        else -(-3 * config.minibatch_rows // 2)
-    )
-    share = -(-share // micro) * micro
-    index = np.full((most, share), size - 1)
+    # A slice of any bucket that begins at a real row ends within the array.
+    width = share + max(rows) if len(rows) > 1 else -(-share // rows[0]) * rows[0]
+    index = np.full((most, width), size - 1)
+    first, chosen = np.zeros((2, most, -(-share // min(rows))), np.int32)
+    filled, smallest = np.zeros(most, np.int32), _smallest(batch, shapes)
     for m in range(used):
         dealt = order[m::used]
+        dealt = dealt[np.argsort(-smallest[dealt], kind="stable")]
         index[m, : len(dealt)] = dealt
-    index = index.reshape(most, -1, micro)
-    return jax.tree.map(lambda x: x[index], batch)
+        at = 0
+        while at < len(dealt):
+            k, filled[m] = filled[m], filled[m] + 1
+            first[m, k], chosen[m, k] = at, smallest[dealt[at]]
+            at += rows[chosen[m, k]]
+    return Arranged(
+        rows=jax.tree.map(lambda x: x[index], batch),
+        first=first,
+        chosen=chosen,
+        used=filled,
+        buckets=tuple(shapes),
+    )
 
 
 def by_micro_batch(
-    batch: TokenBatch, score: Callable[[TokenBatch], Float[Array, "b R"]]
-) -> Float[Array, "M K b R"]:
-    """score(micro-batch) of every one of an iteration; padding is passed over."""
+    minibatch: Arranged, visit: Callable[..., tuple[PyTree, PyTree]], *beside: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Visits the micro-batches of one minibatch that hold real rows, in order.
 
-    def one(part):
-        filled = jnp.any(part.mask > 0)
-        nothing = jnp.zeros_like(part.mask)
-        return jax.lax.cond(filled, lambda: score(part), lambda: nothing)
+    One program per bucket; which of them runs is decided on the device.
 
-    return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
+    Args:
+      minibatch: an Arranged without its dimension M.
+      visit: (its rows, theirs of `beside`) → (what is added up, what stands by row).
+      beside: [S, …], by row.
+
+    Returns:
+      The sums, and what stands by row, [S, …]; 0 where nobody was.
+    """
+    whole = (minibatch.rows, *beside)
+    size = len(minibatch.rows.reward)
+
+    def one(shape: Bucket, first):
+        def cut(x):
+            return jax.lax.dynamic_slice_in_dim(x, first, shape.rows)
+
+        def put(x):
+            zeros = jnp.zeros((size, *x.shape[1:]), x.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(zeros, x, first, 0)
+
+        rows, *others = jax.tree.map(cut, whole)
+        sums, by_row = visit(_shortened(rows, shape), *others)
+        return sums, jax.tree.map(put, by_row)
+
+    branches = [functools.partial(one, shape) for shape in minibatch.buckets]
+
+    def micro(k):
+        # All is added up: what stands by row is added to zeros.
+        return jax.lax.switch(minibatch.chosen[k], branches, minibatch.first[k])
+
+    shapes = jax.eval_shape(branches[0], minibatch.first[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(k, total):
+        return jax.tree.map(jnp.add, total, micro(k))
+
+    return jax.lax.fori_loop(0, minibatch.used, body, zeros)
+
+
+def _share(size: int, config: Optimizer) -> int:
+    """Rows that a minibatch of a batch of `size` has at most."""
+    if config.minibatch_rows:
+        return -(-3 * config.minibatch_rows // 2)
+    return -(-size // config.minibatches)
+
+
+def _smallest(batch: TokenBatch, shapes: Sequence[Bucket]) -> Int[np.ndarray, "B"]:
+    """The index of the smallest bucket that holds both views of each row."""
+    needs = [
+        np.searchsorted([getattr(shape, name) for shape in shapes], view.length)
+        for name, view in (("student", batch.student), ("teacher", batch.teacher))
+    ]
+    return np.maximum(*needs)
+
+
+def _shortened(batch: TokenBatch, shape: Bucket) -> TokenBatch:
+    """The same rows with views as long as the bucket's."""
+
+    def view(whole: TokenView, length: int) -> TokenView:
+        return dataclasses.replace(whole, tokens=whole.tokens[:, :length])
+
+    return dataclasses.replace(
+        batch,
+        student=view(batch.student, shape.student),
+        teacher=view(batch.teacher, shape.teacher),
+    )
 
 
 def _replies(row: Row, scored: int) -> tuple[list[Segment], list[int]]:

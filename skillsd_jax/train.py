@@ -1,34 +1,35 @@
 """The iteration loop: wires the parts and owns every side effect.
 
-tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve → prompts, tokens.pack
+tasks → practice (rollout.collect) → summarize → bank.absorb → retrieve → prompts, packing
       → learner.update → bank.credit → metrics, checkpoint
 """
 
 import collections
 import contextlib
-import dataclasses
 import functools
-import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from skillsd_jax import (
     agent,
     artifacts,
-    checkpoint,
     cluster,
     experience,
+    guard,
     imitate,
     learner,
+    machine,
     metrics,
+    optimizers,
+    packing,
     panels,
     practice,
+    preemption,
     preflight,
     rollout,
+    savepoint,
     sharding,
     showing,
     summaries,
@@ -37,10 +38,8 @@ from skillsd_jax import (
     validation,
 )
 from skillsd_jax import config as settings
+from skillsd_jax.keys import key_for
 from skillsd_jax.losses.objective import recipe
-from skillsd_jax.skills import bank as skill_bank
-
-PURPOSES = ("rollout", "evaluate", "teacher", "summary")
 
 
 def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
@@ -56,13 +55,15 @@ def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
 
     Raises:
       validation.Refused: the run cannot work; nothing has been changed.
+      validation.Stopped: it ended midway; the same call goes on.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(cluster.job(job))
         preflight.check(config)
+        timing.keep_compiled(artifacts.cache_folder(config.cache) / "compiled")
+        machine.keep_freed_memory()
         _claim(stack, workdir, config)
-        compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
-        jax.config.update("jax_compilation_cache_dir", str(compiled))
+        stack.enter_context(savepoint.ending(Path(workdir)))
         stack.enter_context(sharding.over(config.mesh))
         shown = metrics.Progress(config.iterations, enabled=cluster.first())
         progress = stack.enter_context(shown)
@@ -80,24 +81,11 @@ def _claim(stack: contextlib.ExitStack, workdir: str, config: settings.Config) -
             stack.enter_context(validation.claimed(workdir, config))
         except validation.Refused as refusal:
             return str(refusal)
+        artifacts.sweep(Path(workdir))
         return ""
 
     if fault := cluster.told(claimed):
         raise validation.Refused(fault)
-
-
-def _machine() -> str:
-    """Names what compiled programs depend on: jaxlib and the processor's features."""
-    described = Path("/proc/cpuinfo")
-    features = described.read_text() if described.exists() else platform.processor()
-    flags = {line for line in features.split("\n") if line.startswith("flags")}
-    return artifacts.content_hash(jax.lib.__version__, platform.machine(), flags)
-
-
-def key_for(seed: int, purpose: str, index: int = 0) -> jax.Array:
-    """A key that depends on (seed, purpose, index) alone: resuming needs no state."""
-    key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
-    return jax.random.fold_in(key, index)
 
 
 class Run:
@@ -123,14 +111,13 @@ class Run:
         self.compilations = timing.Compilations()
         with self.clock("warm_start"):
             self.agent = agent.make_agent(config, progress.say)
-        self.player = self.agent.player
-        stage = rollout.open_stage(config.environment, "train", self.player.rows)
+        player = self.player = self.agent.player
+        stage = rollout.open_stage(config.environment, "train", player.rows)
         self.stage = stack.enter_context(stage)
         turns = self.stage.max_steps
         episodes = config.rollout.prompts * config.rollout.group_size
         # The most rows an iteration can leave, plus one that is always padding.
         self.batch_rows = episodes * turns + 1
-        self.scored = self.player.scored(turns)
         self.recipe = recipe(config.objective.name)
         self.host: dict[str, Any] = {}
         self._make_learner()
@@ -143,17 +130,17 @@ class Run:
             functools.partial(key_for, config.seed, "rollout"),
             self.expert,
         )
+        plain = player.skilled_length if self.practice.hinted else player.length
+        shape = self.batch_rows, (plain, player.skilled_length), player.scored(turns)
+        self.packer = packing.Packer(config.optimizer, *shape)
         self._make_skills(stack)
-        self.environment_steps = 0
         with self.clock("panels"):
             self.panels = panels.Panels(
                 config, self.player, functools.partial(key_for, config.seed)
             )
             stack.callback(self.panels.close)
             self.progress.say(self.panels.describe())
-        self.checkpoints = checkpoint.Checkpointer(
-            workdir / "checkpoints", config.keep_checkpoints
-        )
+        self._make_savepoints(stack)
 
     def _make_learner(self) -> None:
         model, weights, record = None, None, {}
@@ -164,31 +151,34 @@ class Run:
                     self.config, self.agent, self.progress.say
                 )
         self.teacher_record = {"kind": kind, **record}
-        updates = self.config.iterations * self._updates()
+        self.external = kind == "external"
+        steps = optimizers.per_iteration(self.config.optimizer, self.batch_rows)
+        updates = self.config.iterations * steps
         self.learner = learner.Learner(self.player.model, self.config, updates, model)
         self.state = self.learner.init(self.agent.params, weights)
-        self.origin = agent.origin_of(
-            self.player.encoder, self.state.frozen, self._fixed().get("teacher")
-        )
 
     def _make_skills(self, stack: contextlib.ExitStack) -> None:
         keys = functools.partial(key_for, self.config.seed, "summary")
-        self.summaries = summaries.Summaries(self.config, self.player, keys)
+        say = self.progress.say
+        self.summaries = summaries.Summaries(self.config, self.player, keys, say)
         stack.callback(self.summaries.close)
-        families, say = self.stage.local.families, self.progress.say
-        self.bank = self.summaries.open_bank(families, say)
+        self.bank = self.summaries.open_bank(self.stage.local.families)
 
-    def _updates(self) -> int:
-        """Optimiser steps per iteration, at most."""
-        setting = self.config.optimizer
-        if setting.minibatch_rows:
-            return -(-self.batch_rows // setting.minibatch_rows)
-        return setting.minibatches
+    def _make_savepoints(self, stack: contextlib.ExitStack) -> None:
+        self.environment_steps = 0
+        self.past_faults: dict[str, int] = {}  # of earlier parts of the run
+        self.watch = guard.Watch(self.workdir)
+        parts = self.player, self.state, self.external
+        self.savepoints = savepoint.Savepoints(
+            self.workdir, self.config, *parts, self.progress.say
+        )
+        stack.callback(self.savepoints.close)
 
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
         start = self._restore()
-        with self.clock("compile"), self._acting() as weights:
+        weights = self._student()
+        with self.clock("compile"), sharding.own():
             for player in (self.player, self.panels.player):
                 hinted = self.recipe.hinted or self.practice.hinted
                 rollout.warm_up(player, weights, hinted)
@@ -202,22 +192,30 @@ class Run:
             self.clock.lap()
         writers = self.config.writers if cluster.first() else None
         self.writer = metrics.open_writer(writers, self.workdir, start)
-        for iteration in range(start, self.config.iterations):
-            record = self.iterate(iteration)
-            self.writer.write(iteration, record)
-            self.progress.iteration(iteration, record)
-            done = iteration + 1
-            last = done == self.config.iterations
-            if last or done % self.config.checkpoint_every == 0:
-                self._save(done)
+        with preemption.Notice() as notice:
+            for iteration in range(start, self.config.iterations):
+                self._go_on(iteration, notice)
         self.writer.close()
-        self.checkpoints.close()
+        self.savepoints.wait()
         self.compilations.close()
         return self._after()
 
+    def _go_on(self, iteration: int, notice: preemption.Notice) -> None:
+        """An iteration, its line of metrics.jsonl and, where it is time, a savepoint."""
+        record, done = self.iterate(iteration), iteration + 1
+        self.writer.write(iteration, record)
+        self.progress.iteration(iteration, record)
+        self.savepoints.check()
+        due = done % self.config.checkpoint_every == 0
+        if due or done == self.config.iterations or notice.given:
+            self._save(done, record.get("evaluation", {}).get("success"))
+        if notice.given:
+            self.savepoints.wait()
+            notice.stop(done, self.progress.say)
+
     def _faults(self) -> collections.Counter[str]:
         """What went wrong with environments so far."""
-        total: collections.Counter[str] = collections.Counter()
+        total = collections.Counter(self.past_faults)
         for counts in cluster.gather((self.stage.counts(), self.panels.faults())):
             for each in counts:
                 total.update(each)
@@ -227,7 +225,8 @@ class Run:
         """One iteration; returns its line of metrics.jsonl."""
         clock = self.clock
         before, faults = self.compilations.count, self._faults()
-        with clock("rollout"), self._acting() as weights:
+        weights = self._student()
+        with clock("rollout"), sharding.own():
             practiced = self.practice.episodes(weights, iteration, self.bank)
             played = practiced.kept
         with clock("skills"), sharding.own():
@@ -288,20 +287,13 @@ class Run:
             batch = self._batch(rows, iteration)
         with self.clock("update"):
             self.state, sums = self.learner.update(self.state, batch)
-            return learner.means(sums)
+            found = learner.means(sums)
+        self.watch.see(iteration, found["skipped_updates"], batch.rows)
+        return found
 
-    def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.TokenBatch:
-        batch = tokens.pack(
-            rows,
-            self.batch_rows,
-            self.player.skilled_length if self.practice.hinted else self.player.length,
-            self.player.skilled_length,
-            self.scored,
-        )
-        order = np.random.default_rng([self.config.seed, iteration, 2]).permutation(
-            len(rows)
-        )
-        return tokens.arrange(batch, order, self.config.optimizer)
+    def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.Arranged:
+        rng = np.random.default_rng([self.config.seed, iteration, 2])
+        return self.packer.arranged(rows, rng.permutation(len(rows)))
 
     def _credit(self, played: experience.Experience, shown, unkept) -> None:
         """Books each episode's reward to the skills of the bank that were shown."""
@@ -317,37 +309,33 @@ class Run:
         prompter = self.player.prompter
         hints = showing.Hints(self.bank, self.config.skills, seed, prompter)
         hint = hints.text if self.recipe.student_skill else None
-        with self._acting() as weights:
-            results = self.panels.standing(weights, hint)
-        return {when + name: dataclasses.asdict(r) for name, r in results.items()}
+        weights = self._student()
+        with sharding.own():
+            return self.panels.standing(weights, when, hint)
 
     def _during(self, iteration: int) -> dict[str, Any]:
-        setting, done, found = self.config.evaluate, iteration + 1, {}
-        if done == self.config.iterations:
-            return found
-        if setting.every and done % setting.every == 0:
-            with self._acting() as weights:
-                result = self.panels.student(weights)
-            found["evaluation"] = dataclasses.asdict(result)
-        if setting.teacher_every and done % setting.teacher_every == 0:
-            found["teacher"] = self._teacher("")
-        return found
+        if iteration + 1 == self.config.iterations:
+            return {}
+        weights = self._weights()
+        with sharding.own():
+            return self.panels.during(iteration + 1, *weights)
 
     def _teacher(self, when: str) -> dict[str, Any]:
-        """Figures of the teacher's panel; another model's weights are not played with."""
-        student, teacher = self.state.weights, self.state.teacher
-        shared = teacher is None or self.teacher_record["kind"] == "external"
-        weights = student if shared else self.state.whole(teacher)
-        student, weights = sharding.mine((student, weights))
+        weights = self._weights()
         with sharding.own():
-            return self.panels.teacher(student, weights, when)
+            return self.panels.teacher(*weights, when)
 
-    @contextlib.contextmanager
-    def _acting(self) -> Iterator[Any]:
-        """The student's weights where it plays: on this process's own devices."""
-        weights = sharding.mine(self.state.weights)
-        with sharding.own():
-            yield weights
+    def _weights(self) -> tuple[learner.Params, learner.Params]:
+        """Student's and teacher's where they play; another model's are not played with."""
+        student, teacher = self.state.weights, self.state.teacher
+        shared = teacher is None or self.external
+        return sharding.mine(
+            (student, student if shared else self.state.whole(teacher))
+        )
+
+    def _student(self) -> learner.Params:
+        """Its weights where it plays: on this process's own devices."""
+        return sharding.mine(self.state.weights)
 
     def _keep_sample(self, iteration: int, played, shown) -> None:
         """Writes some episodes as text, one JSON object a line."""
@@ -360,49 +348,36 @@ class Run:
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
         artifacts.write_atomic(path, "".join(lines))
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, score: float | None) -> None:
         with self.clock("checkpoint"):
-            host = {
-                "figures": self.host,
-                "bank": self.bank.state(),
-                "summaries": self.summaries.state(),
-                "environment_steps": self.environment_steps,
-                "seconds": dict(self.clock.total),
-                "origin": self.origin,
-            }
-            self.checkpoints.save(done, self._moving(), host)
-            if cluster.first():
-                self.bank.save(self.workdir / "skills.jsonl")
+            standing = savepoint.Standing(
+                state=self.state,
+                bank=self.bank,
+                pending=self.summaries.state(),
+                figures=self.host,
+                environment_steps=self.environment_steps,
+                seconds=dict(self.clock.total),
+                faults=dict(self._faults()),
+                skipped=self.watch.row,
+                lengths=self.packer.lengths,
+            )
+            self.savepoints.save(done, standing, score)
 
     def _restore(self) -> int:
-        """Takes up the last checkpoint; returns the iteration to go on with."""
-        found = self.checkpoints.restore(self._moving())
+        """Takes up the last savepoint; returns the iteration to go on with."""
+        found = self.savepoints.restore(self.state)
         if found is None:
             return 0
-        done, moving, host = found
-        try:
-            agent.check_origin(host["origin"], self.origin)
-        except ValueError as fault:
-            raise validation.Refused(f"{self.workdir}: {fault}") from fault
-        self.state = dataclasses.replace(moving, **self._fixed())
-        self.host = host["figures"]
-        self.bank = skill_bank.Bank.from_state(host["bank"])
-        self.summaries.restore(host.get("summaries", ()))
-        self.environment_steps = host["environment_steps"]
-        self.clock = timing.Clock(host["seconds"])
-        self.progress.say(f"resumed after iteration {done}")
+        done, standing = found
+        self.state, self.bank = standing.state, standing.bank
+        self.summaries.restore(standing.pending)
+        self.host = standing.figures
+        self.environment_steps = standing.environment_steps
+        self.clock = timing.Clock(standing.seconds)
+        self.past_faults = standing.faults
+        self.watch = guard.Watch(self.workdir, standing.skipped)
+        self.packer.lengths = standing.lengths
         return done
-
-    def _fixed(self) -> dict[str, Any]:
-        """What never changes: the base beside adapters, an external teacher."""
-        fixed = {"frozen": self.state.frozen}
-        if self.teacher_record["kind"] == "external":
-            fixed["teacher"] = self.state.teacher
-        return fixed
-
-    def _moving(self) -> learner.LearnerState:
-        """What a checkpoint holds."""
-        return dataclasses.replace(self.state, **dict.fromkeys(self._fixed()))
 
     def _after(self) -> dict[str, Any]:
         """Final figures, summary.json and the table."""

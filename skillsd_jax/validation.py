@@ -28,6 +28,13 @@ class Refused(ValueError):
     """
 
 
+class Stopped(SystemExit):
+    """Ends the program midway, without a traceback; the same command goes on.
+
+    Its argument is the message, or the exit status where all was said.
+    """
+
+
 # Settings that name one of a fixed list. Names that live in a dict further up
 # (objectives, environments) are given to `validate` by its caller.
 CHOICES: dict[str, Collection[str]] = {
@@ -64,6 +71,7 @@ CHOICES: dict[str, Collection[str]] = {
 MAY_BE_ZERO = (
     "seed",
     "iterations",
+    "keep_best",
     "environment.sokoban.min_pushes",
     "environment.sokoban.min_moves",
     "environment.alfworld.max_receptacles",
@@ -94,6 +102,7 @@ MAY_BE_ZERO = (
     "skills.endpoint.lag",
     "optimizer.weight_decay",
     "optimizer.minibatch_rows",
+    "optimizer.micro_tokens",
     "imitate.steps",
     "evaluate.every",
     "evaluate.teacher_every",
@@ -162,6 +171,7 @@ def validate(config: Config, choices: Mapping[str, Collection[str]] = {}) -> Non
         raise Refused(f"evaluate.top_p={config.evaluate.top_p} must be at most 1")
     _check_correction(config.rollout)
     _check_lag(config.skills)
+    _check_best(config)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -263,6 +273,19 @@ def _check_lag(skills: Skills) -> None:
         )
 
 
+def _check_best(config: Config) -> None:
+    """The best are told by evaluations, and the last iteration has none of its own."""
+    meet = math.lcm(config.checkpoint_every, config.evaluate.every)
+    if config.keep_best and not 0 < meet < config.iterations:
+        raise Refused(
+            f"keep_best={config.keep_best} keeps checkpoints of iterations that were "
+            f"evaluated, and with checkpoint_every={config.checkpoint_every}, "
+            f"evaluate.every={config.evaluate.every} and iterations="
+            f"{config.iterations} there are none; set evaluate.every to "
+            f"{config.checkpoint_every}, or keep_best to 0"
+        )
+
+
 def _check_lengths(config: Config) -> None:
     rollout, prompt = config.rollout, config.prompt
     if rollout.rows % rollout.cohorts:
@@ -280,9 +303,8 @@ def _check_lengths(config: Config) -> None:
         )
     if rollout.hinted_groups and rollout.draws > 1:
         raise Refused(
-            f"rollout.hinted_groups={rollout.hinted_groups} are so many of each draw, and "
-            f"rollout.draws={rollout.draws} keeps some groups of several; set one of "
-            "them back"
+            f"rollout.hinted_groups={rollout.hinted_groups} are of each draw, and "
+            f"rollout.draws={rollout.draws} keeps some groups of several; set one back"
         )
     if rollout.hinted_groups > rollout.prompts:
         raise Refused(
@@ -321,9 +343,13 @@ def claim_workdir(workdir: str, config: Config) -> bool:
     path = Path(workdir) / "config.json"
     try:
         before = _completed(json.loads(path.read_text())) if path.exists() else None
-        if before is None:
+        changed = difference(before or {}, to_dict(config))
+        # A run may go on over other devices: they change nothing but rounding.
+        changed = {k: v for k, v in changed.items() if not k.startswith("mesh.")}
+        if before is None or not changed:
+            # Also where it is there already: the folder may have become read-only.
             write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
-            return False
+            return before is not None
     except OSError as error:
         raise Refused(
             f"workdir {workdir!r} cannot be used: {error.strerror}; "
@@ -331,24 +357,16 @@ def claim_workdir(workdir: str, config: Config) -> bool:
         ) from error
     except json.JSONDecodeError as error:
         raise Refused(f"{path} is damaged; pass another --workdir") from error
-    changed = difference(before, to_dict(config))
-    # A run may go on over other devices: they change nothing but rounding.
-    changed = {k: v for k, v in changed.items() if not k.startswith("mesh.")}
-    if changed:
-        rows = [f"  {name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items()]
-        raise Refused(
-            f"workdir {workdir!r} belongs to a run with other settings; pass another "
-            f"--workdir or the same settings\n" + "\n".join(rows)
-        )
-    return True
+    rows = [f"  {name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items()]
+    raise Refused(
+        f"workdir {workdir!r} belongs to a run with other settings; pass another "
+        f"--workdir or the same settings\n" + "\n".join(rows)
+    )
 
 
 @contextlib.contextmanager
 def claimed(workdir: str, config: Config) -> Iterator[None]:
-    """`claim_workdir`, taken back where a run of a new folder is refused after all.
-
-    What ends it otherwise leaves the folder claimed: the same settings go on from there.
-    """
+    """`claim_workdir`, taken back where a run of a new folder is refused after all."""
     known = claim_workdir(workdir, config)
     try:
         yield

@@ -279,3 +279,14 @@ def test_fingerprints_tell_weights_apart():
     for name in ("tokenizer", "base"):
         with pytest.raises(ValueError, match=f"with another {name};"):
             agent.check_origin(origin, origin | {name: "b"})
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_sizes():
+    words = SimpleNamespace(fingerprint="a")
+    small = qwen.ModelConfig(19, 8, 1, 2, 1, 4, 8)
+    saved = json.loads(json.dumps(agent.origin_of(words, small)))
+    agent.check_origin(saved, agent.origin_of(words, small))
+    now = agent.origin_of(words, dataclasses.replace(small, layers=2))
+    said = "another network; give the same files in model.path.*layers: 1 there, 2 now"
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        agent.check_origin(saved, now)

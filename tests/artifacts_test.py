@@ -180,3 +180,17 @@ def test_the_cache_lies_where_it_is_told_or_in_the_users_own(monkeypatch, tmp_pa
     assert artifacts.cache_folder("/else") == Path("/else")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert artifacts.cache_folder() == Path.home() / ".cache" / "skillsd_jax"
+
+
+def test_what_a_crash_left_of_a_write_is_swept_and_nothing_else(tmp_path):
+    (tmp_path / "deep").mkdir()
+    left = [tmp_path / f".{'0a' * 16}-x.json", tmp_path / "deep" / f".{'f' * 32}-y"]
+    kept = [
+        tmp_path / "x.json",
+        tmp_path / ".hidden",
+        tmp_path / "deep" / f"{'f' * 32}-",
+    ]
+    for path in (*left, *kept):
+        path.write_text("")
+    artifacts.sweep(tmp_path)
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(kept)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from skillsd_jax import config as settings
-from skillsd_jax import learner, tokens
+from skillsd_jax import learner, packing, tokens
 from skillsd_jax.models import lora, qwen, scoring
 
 MODEL = qwen.ModelConfig(
@@ -97,6 +97,78 @@ def test_micro_batches_change_nothing_but_rounding(params, name, mode):
         assert figures_of_parts[key] == pytest.approx(value, abs=1e-5, rel=1e-4), key
     # Adam divides by the gradient's size: compare its first moment, not the weights.
     assert_same(whole.optimizer, parts.optimizer, 1e-6)
+
+
+def ragged(rows=ROWS, seed=0, longest=LENGTH):
+    """Random rows of many lengths, some of them shown a skill of three tokens."""
+    data, rng = batch(rows, seed=seed), np.random.default_rng(seed)
+    views = []
+    first = rng.integers(1, longest - SCORED, rows)
+    count = data.mask[:rows].sum(1).astype(int)
+    for view, extra in (data.student, 0), (data.teacher, 3):
+        start = first + extra * data.skilled[:rows].astype(int)
+        length, scored = np.ones((ROWS + 1,), np.int32), np.ones_like(view.scored)
+        length[:rows] = start + count
+        scored[:rows] = np.where(
+            data.mask[:rows] > 0, start[:, None] + range(SCORED), 1
+        )
+        ids = np.where(np.arange(LENGTH + extra) < length[:, None], view.tokens, 0)
+        for b in range(rows):
+            ids[b, start[b] : length[b]] = data.student.tokens[b, : count[b]]
+        views.append(tokens.TokenView(tokens=ids, length=length, scored=scored))
+    return dataclasses.replace(data, student=views[0], teacher=views[1])
+
+
+def packed(data, config, ways=1):
+    """Arranged in the buckets that fit the rows, as a run does it."""
+    views = data.student.length[:ROWS], data.teacher.length[:ROWS]
+    count = config.optimizer.length_buckets
+    lengths = packing.fitted(*views, (LENGTH, LENGTH + 3), count)
+    shapes = tokens.buckets(lengths, ROWS + 1, config.optimizer, ways)
+    return tokens.arrange(data, np.arange(ROWS), config.optimizer, shapes)
+
+
+METHODS = {
+    "grpo": {},
+    "skill_sd": {},
+    "opsd": {"estimator": "full_jsd"},  # whole distributions
+    "rlsd": {},  # credits: the teacher is asked before the update as well
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_buckets_of_many_lengths_change_nothing_but_rounding(params, name):
+    one = rescoring(minibatches=2, learning_rate=1e-2)
+    many = rescoring(
+        minibatches=2, learning_rate=1e-2, length_buckets=8, micro_tokens=60
+    )
+    for config in (one, many):
+        config.objective.name = name
+        for key, value in METHODS[name].items():
+            setattr(config.objective, key, value)
+    arranged = packed(ragged(), many)
+    assert len(arranged.buckets) > 4
+    assert len({shape.rows for shape in arranged.buckets}) > 1
+    made = learner.Learner(MODEL, many, updates=10)
+    parts, sums = made.update(made.init(jax.tree.map(jnp.copy, params)), arranged)
+    whole, figures = updated(one, params, ragged())
+    figures_of_parts = learner.means(sums)
+    assert figures.keys() == figures_of_parts.keys()
+    for key, value in figures.items():
+        assert figures_of_parts[key] == pytest.approx(value, abs=1e-5, rel=1e-4), key
+    assert_same(whole.optimizer, parts.optimizer, 1e-6)
+
+
+def test_rows_of_other_lengths_compile_nothing(params):
+    config = configured(minibatches=2, length_buckets=8, micro_tokens=60)
+    made = learner.Learner(MODEL, config, updates=10)
+    state = made.init(jax.tree.map(jnp.copy, params))
+    first = packed(ragged(), config)
+    for rows, seed, longest in ((ROWS, 0, LENGTH), (7, 1, 8), (ROWS, 2, LENGTH)):
+        data, order = ragged(rows, seed, longest), np.arange(rows)
+        arranged = tokens.arrange(data, order, config.optimizer, first.buckets)
+        state, _ = made.update(state, arranged)
+    assert made._update._cache_size() == 1
 
 
 def scored(params, data):
@@ -237,8 +309,8 @@ def test_padding_rows_change_nothing(params):
 def test_minibatch_rows_fill_as_many_updates_as_there_are_rows(params):
     config = configured(minibatch_rows=5, micro_rows=1)
     arranged = tokens.arrange(batch(size=41), np.arange(ROWS), config.optimizer)
-    filled = (arranged.mask.sum((1, 2, 3)) > 0).sum()
-    assert arranged.mask.shape[0] == 9 and filled == 2
+    filled = (arranged.rows.mask.sum((1, 2)) > 0).sum()
+    assert arranged.rows.mask.shape[0] == 9 and filled == 2
     state, figures = updated(config, params, batch(size=41))
     counts = [x for x in jax.tree.leaves(state.optimizer) if x.ndim == 0]
     assert {int(count) for count in counts} == {2}
@@ -249,7 +321,7 @@ def test_every_row_is_dealt_once():
     config = configured(minibatches=3)
     order = np.random.default_rng(0).permutation(ROWS)
     arranged = tokens.arrange(batch(), order, config.optimizer)
-    dealt = arranged.trajectory[arranged.trajectory >= 0]
+    dealt = arranged.rows.trajectory[arranged.rows.trajectory >= 0]
     np.testing.assert_array_equal(np.sort(dealt), np.arange(ROWS))
 
 
@@ -317,6 +389,52 @@ def test_a_retired_teacher_teaches_no_more(params):
     np.testing.assert_allclose(seen, [0.1, 0.1, 0.1, 0, 0], atol=1e-7)
 
 
+def poisoned(data, rows):
+    """The same batch, and a log-prob of these rows that no sampler could have."""
+    old = data.old.copy()
+    old[rows, 0] = np.nan
+    return dataclasses.replace(data, old=old)
+
+
+@pytest.mark.parametrize("kind", ["ema", "periodic"])
+def test_a_batch_that_is_not_finite_changes_nothing(params, kind):
+    config = configured(minibatches=2)
+    config.teacher.kind, config.teacher.every = kind, 1
+    made = learner.Learner(MODEL, config, updates=10)
+    data, order = batch(), np.arange(ROWS)
+    state = made.init(jax.tree.map(jnp.copy, params))
+    state, sums = made.update(state, tokens.arrange(data, order, config.optimizer))
+    assert learner.means(sums)["skipped_updates"] == 0
+    before = jax.tree.map(np.array, state)
+    bad = tokens.arrange(poisoned(data, order), order, config.optimizer)
+    state, sums = made.update(state, bad)
+    assert learner.means(sums)["skipped_updates"] == 2
+    assert int(state.step) == 2
+    # Of the gap, which is finite here, the schedules go on taking notice.
+    held = dataclasses.replace(state, step=before.step, plateau=before.plateau)
+    for x, y in zip(*map(jax.tree.leaves, (held, before)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert made._update._cache_size() == 1
+
+
+def test_of_two_minibatches_the_one_that_is_finite_counts(params):
+    config = configured(minibatches=2)
+    config.teacher.kind = "ema"
+    made = learner.Learner(MODEL, config, updates=10)
+    order = np.arange(ROWS)
+    arranged = tokens.arrange(batch(), order, config.optimizer)
+    half = dataclasses.replace(arranged, old=arranged.old.copy())
+    half.old[1] = np.nan
+    first = jax.tree.map(lambda x: x[:1], arranged)
+    state, sums = made.update(made.init(jax.tree.map(jnp.copy, params)), half)
+    assert learner.means(sums)["skipped_updates"] == 1
+    wanted, _ = made.update(made.init(jax.tree.map(jnp.copy, params)), first)
+    assert_same(state.params, wanted.params, 1e-6)
+    assert_same(state.optimizer, wanted.optimizer, 1e-6)
+    assert_same(state.teacher, wanted.teacher, 1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
 def test_a_live_teacher_is_the_student_itself(params):
     config = configured(learning_rate=1e-3)
     config.teacher.kind = "live"
@@ -334,6 +452,7 @@ def test_rows_without_a_skill_add_no_distillation(params):
     a, figures = updated(skill_sd, params, data)
     b, _ = updated(grpo, params, data)
     assert figures["loss_distillation"] == 0
+    assert (figures["gap"], figures["gap_rms"]) == (0, 0)
     assert_same(a.params, b.params, 0)
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import sys
 import time
 import types
 from pathlib import Path
@@ -28,6 +29,7 @@ from skillsd_jax.validation import Refused
 from tests.skills.server import CYCLE, KEY, serving
 
 ROOT = Path(__file__).parent.parent
+PATIENCE_S = 10.0  # of a busy machine
 
 
 class Words:
@@ -67,14 +69,15 @@ def played(iteration=0, tasks=3):
     return experience.Experience(episodes, groups, iteration)
 
 
-def writing(**options):
+def writing(say=lambda text: None, **options):
     config = settings.Config(prompt=PROMPT)
+    config.iterations = options.pop("iterations", config.iterations)
     for name, value in options.items():
         section = config.skills
         if hasattr(config.skills.endpoint, name):
             section = config.skills.endpoint
         setattr(section, name, value)
-    return summaries.Summaries(config, PLAYER, lambda iteration: jax.random.key(0))
+    return summaries.Summaries(config, PLAYER, lambda iteration: jax.random.key(0), say)
 
 
 def asking(server, **options):
@@ -106,12 +109,12 @@ def test_compared_episodes_make_one_skill_with_the_failed_ones_mistakes():
     [
         ("good", {"made": 3}),
         ("injects", {"made": 3}),
-        ("slow", {"failed": 3}),
-        ("hangs_up", {"failed": 3}),
-        ("not_json", {"failed": 3}),
-        ("html", {"failed": 3}),
-        ("ten_megabytes", {"failed": 3}),
-        ("no_choices", {"failed": 3}),
+        ("slow", {"failed": 3, "server": {"timeout": 3}}),
+        ("hangs_up", {"failed": 3, "server": {"network": 3}}),
+        ("not_json", {"failed": 3, "server": {"not_json": 3}}),
+        ("html", {"failed": 3, "server": {"not_json": 3}}),
+        ("ten_megabytes", {"failed": 3, "server": {"too_large": 3}}),
+        ("no_choices", {"failed": 3, "server": {"no_choice": 3}}),
         ("counts", {"not_json": 3}),
     ],
 )
@@ -142,7 +145,8 @@ def test_a_skill_enters_so_many_iterations_after_its_episode():
 
 
 @pytest.mark.parametrize(
-    ("late", "counts"), [("wait", {"failed": 1}), ("drop", {"late": 1})]
+    ("late", "counts"),
+    [("wait", {"failed": 1, "server": {"timeout": 1}}), ("drop", {"late": 1})],
 )
 def test_what_is_late_is_waited_for_or_dropped(late, counts):
     with serving("slow") as server:
@@ -150,6 +154,140 @@ def test_what_is_late_is_waited_for_or_dropped(late, counts):
         got = made.take(played(tasks=1), Bank(8), None)
         made.close()
     assert counted(got) == {"asked": 1} | counts
+
+
+def test_dropping_what_is_late_does_not_make_everything_late():
+    with serving("gated") as server:
+        made = asking(server, late="drop", lag=1, timeout_s=60.0, concurrency=1)
+        for iteration in range(5):
+            got = made.take(played(iteration), Bank(8), None)
+            assert counted(got) == {
+                "asked": 3,
+                "waiting": 3,
+                **({"late": 3} if iteration else {}),
+            }
+            while not server.asked:
+                time.sleep(0.005)
+        server.gate.set()
+        now = [each.handle for each in made._pending]
+        assert all(handle.result(PATIENCE_S)[0] for handle in now)
+        # An iteration's are alike and sent once: the one under way, and the last.
+        assert len(server.asked) == 2
+        made.close()
+
+
+def test_an_asynchronous_backlog_is_bounded_and_the_oldest_is_dropped():
+    with serving("slow") as server:
+        made = asking(server, asynchronous=True, timeout_s=60.0)
+        assert made.backlog == 64  # of 16 tasks with two skills each, twice
+        made.backlog = 4
+        made.take(played(0), Bank(8), None)
+        got = made.take(played(1), Bank(8), None)
+        assert counted(got) == {"asked": 3, "waiting": 4, "late": 2}
+        left = [each.request.source for each in made._pending]
+        assert left == ["0/4", "1/0", "1/2", "1/4"]
+        made.close()
+
+
+def test_a_backlog_has_room_for_two_iterations_and_for_all_that_is_sent_at_once():
+    config = settings.Config()
+    config.rollout.prompts, config.skills.per_group = 100, 3
+    assert summaries.backlog(config) == 600
+    config.skills.endpoint.concurrency = 200
+    assert summaries.backlog(config) == 800
+
+
+@pytest.mark.parametrize("late", ["wait", "drop"])
+def test_a_server_that_gives_nothing_is_told_once(late):
+    said = []
+    with serving("denies") as server:
+        made = asking(server, say=said.append, late=late, lag=1, timeout_s=5.0)
+        for iteration in range(3):
+            if late == "drop":
+                [each.handle.result(PATIENCE_S) for each in made._pending]
+            counts = made.take(played(iteration), Bank(8), None).counts
+            assert len(said) == min(iteration, 1)
+        assert counts["failed"] == 3
+        assert "all 3 that were due none came" in said[0] and "denied" in said[0]
+        assert KEY not in said[0]
+        server.behaviour = "good"
+        for iteration in range(3, 6):
+            if late == "drop":
+                [each.handle.result(PATIENCE_S) for each in made._pending]
+            got = made.take(played(iteration), Bank(8), None)
+        assert len(got.skills) == 3 and len(said) == 1
+        server.behaviour = "hangs_up"
+        for iteration in range(6, 8):
+            made.take(played(iteration), Bank(8), None)
+        assert len(said) == 2
+        made.close()
+
+
+def test_a_server_that_is_too_slow_is_told():
+    said = []
+    with serving("slow") as server:
+        made = asking(server, say=said.append, late="drop", timeout_s=60.0)
+        made.take(played(), Bank(8), None)
+        made.close()
+    assert "no failures, it is slow" in said[0]
+
+
+def test_why_requests_failed_is_counted_once():
+    with serving("fails_then_works", times=2) as server:
+        made = asking(server, retries=1, timeout_s=5.0)
+        first = made.take(played(0, tasks=1), Bank(8), None).counts
+        second = made.take(played(1, tasks=1), Bank(8), None).counts
+        made.close()
+    assert first["server"] == {"status": 1, "retried": 1} and first["failed"] == 1
+    assert second["server"] == {} and second["made"] == 1
+    assert "server" not in writing().take(played(), Bank(8), None).counts
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"lag": 2, "late": "drop"}, [3, 0, 0]),
+        ({"lag": 1, "late": "drop"}, [3, 3, 0]),
+        ({"lag": 9, "asynchronous": True}, [3, 3, 0]),
+    ],
+)
+def test_what_could_enter_after_the_last_iteration_alone_is_not_asked(options, asked):
+    with serving("slow") as server:
+        made = asking(server, iterations=3, timeout_s=60.0, **options)
+        taken = [made.take(played(i), Bank(8), None).counts for i in range(3)]
+        made.close()
+    assert [counts["asked"] for counts in taken] == asked
+    ended = sum(counts["late"] for counts in taken) + taken[-1]["waiting"]
+    assert ended == sum(asked)
+
+
+@pytest.mark.parametrize(
+    ("maker", "skill", "answer", "words"),
+    [
+        ("policy", 1024, 1024, 341),
+        ("policy", 100, 1024, 50),
+        ("policy", 100, 30, 20),
+        ("endpoint", 1024, 512, 170),
+        ("endpoint", 1024, 2048, 512),
+        ("template", 1024, 9, 512),
+    ],
+)
+def test_the_words_asked_for_leave_room_for_the_json_around_them(
+    maker, skill, answer, words
+):
+    config = settings.Skills(maker=maker)
+    config.author.max_answer_length = answer if maker == "policy" else 9
+    config.endpoint.max_tokens = answer if maker == "endpoint" else 9
+    assert summaries.words(config, skill) == words
+
+
+@pytest.mark.parametrize("name", ["alfworld", "sokoban"])
+@pytest.mark.parametrize("maker", ["policy", "endpoint"])
+def test_published_settings_have_room_for_a_whole_skill(name, maker):
+    config = presets.load(str(ROOT / "configs" / f"{name}.py")).get_config("qwen3-4b")
+    config.skills.maker = maker
+    room = config.prompt.max_skill_length
+    assert summaries.words(config.skills, room) >= room // 4
 
 
 def test_an_asynchronous_loop_never_waits_and_takes_what_is_there():
@@ -279,6 +417,11 @@ URL = "http://localhost:1/v1"
         ("endpoint", {"url": URL, "timeout_s": 1e6}, "skills.endpoint.timeout_s=1000"),
         ("endpoint", {"url": URL, "key_variable": "ODD"}, "key_variable: ODD holds sp"),
         ("endpoint", {"url": URL, "late": "drop", "lag": 0}, "endpoint.lag=1 or more"),
+        (
+            "endpoint",
+            {"url": URL, "lag": 40},
+            "iterations=40 are over .*iterations=41",
+        ),
     ],
 )
 def test_an_endpoint_that_cannot_be_asked_is_refused_before_anything_starts(
@@ -299,20 +442,58 @@ def test_an_endpoint_that_cannot_be_asked_is_refused_before_anything_starts(
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("maker", ["endpoint", "policy"])
 @pytest.mark.parametrize(
     ("name", "hinted", "reads"),
     [("grpo", 0, False), ("sdpo", 0, False), ("hdpo", 0, False), ("opd", 0, False)]
     + [("grpo", 1, True), ("skill_grpo", 0, True), ("sdar", 0, True)],
 )
-def test_nobody_is_paid_for_skills_that_nobody_is_shown(name, hinted, reads):
+def test_nobody_writes_skills_that_nobody_is_shown(maker, name, hinted, reads):
     config = settings.Config()
     config.objective.name, config.rollout.hinted_groups = name, hinted
     preflight.check(config)
-    config.skills.maker = "endpoint"
+    config.skills.maker = maker
     config.skills.endpoint.url, config.skills.endpoint.model = URL, "m"
-    if reads:
-        return preflight.check(config)
-    with pytest.raises(validation.Refused, match=f"objective.name={name} reads none"):
+    if not reads:
+        cost = {"endpoint": "pays a server", "policy": "takes the time"}[maker]
+        wanted = f"{cost} .* objective.name={name} reads none"
+        with pytest.raises(validation.Refused, match=wanted):
+            preflight.check(config)
+        return
+    preflight.check(config)
+    config.skills.retrieval = "none+global:ucb"
+    preflight.check(config)
+    config.skills.retrieval = "none+global:none"
+    with pytest.raises(
+        validation.Refused, match=r"retrieval=none\+global:none shows no"
+    ):
+        preflight.check(config)
+    config.skills.maker = "template"
+    preflight.check(config)
+
+
+def test_a_library_is_counted_by_the_families_of_the_environment(tmp_path):
+    """Two names of one family: together they are more than its shelf holds."""
+    path, config = tmp_path / "a.md", settings.Config()
+    path.write_text("# Family: pick_and_place\n## a\nb\n# Family: pick\n## c\nd\n")
+    config.skills.library, config.skills.family_capacity = str(path), 2
+    preflight.check(config)
+    config.skills.family_capacity = 1
+    with pytest.raises(Refused, match="has 2 skills for family pick and"):
+        preflight.check(config)
+
+
+def test_a_model_that_cannot_be_had_for_retrieval_is_refused(monkeypatch):
+    def missing(name):
+        raise OSError(f"no repository {name}")
+
+    module = types.SimpleNamespace(SentenceTransformer=missing, __spec__=missing)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    config = settings.Config()
+    config.skills.embedding = "sentence-transformers:misspelled"
+    preflight.check(config)  # nothing asks it
+    config.skills.retrieval = "ucb+embedding"
+    with pytest.raises(Refused, match="skills.embedding=.* cannot be loaded: no repos"):
         preflight.check(config)
 
 
@@ -363,7 +544,7 @@ def test_a_run_finishes_whatever_its_server_does_and_every_request_is_accounted_
     due: list[str] = []
     for row, texts in zip(rows, asked, strict=True):
         ends = collections.Counter(CYCLE[server.treated[text]] for text in due)
-        wanted = {"asked": len(texts), "waiting": len(texts)} | ends
+        wanted = collections.Counter(asked=len(texts), waiting=len(texts)) | ends
         found = {name: row["skills"][name] for name in summaries.FIGURES}
         assert {name: count for name, count in found.items() if count} == wanted
         assert row["seconds"]["skills"] < 60
@@ -380,14 +561,14 @@ def test_a_run_finishes_whatever_its_server_does_and_every_request_is_accounted_
 def test_a_bank_begins_with_what_can_be_shown_of_the_libraries(tmp_path):
     path, said = tmp_path / "a.md", []
     path.write_text("# Family: heat\n## a\nb\n## c\n" + "d " * 200)
-    bank = writing(library=str(path)).open_bank(("pick",), said.append)
+    bank = writing(said.append, library=str(path)).open_bank(("pick",))
     assert [skill.success_analysis for skill in bank.for_family("heat")] == ["a: b"]
     assert (
         "1 of 2 skills are longer than" in said[0] and "for heat, which no" in said[1]
     )
     path.write_text("## c\n" + "d " * 200)
     with pytest.raises(Refused, match="none of the 1 skills"):
-        writing(library=str(path)).open_bank((), said.append)
+        writing(library=str(path)).open_bank(())
 
 
 def smoke(name: str, tmp: Path) -> settings.Config:

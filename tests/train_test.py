@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from skillsd_jax import checkpoint, inspection, metrics, practice, train, validation
+from skillsd_jax import (
+    checkpoint,
+    inspection,
+    learner,
+    manifest,
+    metrics,
+    packing,
+    practice,
+    train,
+    validation,
+)
 from skillsd_jax import config as settings
 from skillsd_jax.environments.stage import Stage
 from skillsd_jax.losses.objective import OBJECTIVES
@@ -139,6 +149,78 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(finished, monkeypatch):
     assert resumed["after"] == summary["after"]
     skills = [(tmp / name / "skills.jsonl").read_text() for name in ("work", "resumed")]
     assert skills[0] == skills[1]
+
+
+def test_updates_that_are_not_finite_end_the_run_and_leave_the_batch(
+    finished, monkeypatch
+):
+    """Counted over an interruption: two before it, the third after."""
+    tmp, work = finished[0], finished[0] / "not-finite"
+    means = learner.means
+    monkeypatch.setattr(
+        learner, "means", lambda sums: means(sums) | {"skipped_updates": 1.0}
+    )
+    whole = train.Run.iterate
+
+    def broken(self, iteration):
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return whole(self, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "iterate", broken)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(toy(tmp), str(work))
+    with pytest.raises(validation.Stopped, match="in iterations 1 to 3"):
+        train.run(toy(tmp), str(work))
+    with np.load(work / "not-finite-000002.npz") as saved:
+        assert {"mask", "old", "student.tokens", "teacher.scored"} <= set(saved)
+    assert len(metrics.read(work / "metrics.jsonl")) == 2
+
+
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(finished, monkeypatch):
+    tmp, work = finished[0], finished[0] / "full"
+    write = manifest.write
+
+    def full(folder, about):
+        if folder.name == ".part-4":
+            raise OSError(28, "No space left on device")
+        write(folder, about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", full)
+        with pytest.raises(validation.Stopped, match="free.*no space left; 2 is still"):
+            train.run(toy(tmp), str(work))
+    train.run(toy(tmp), str(work))
+    assert figures(work) == figures(tmp / "work")
+
+
+def test_rows_in_buckets_learn_the_same_and_keep_their_lengths_when_resumed(
+    finished, monkeypatch
+):
+    tmp, _ = finished
+    config = toy(tmp)
+    config.optimizer.length_buckets, config.optimizer.micro_tokens = 4, 700
+    train.run(config, str(tmp / "buckets"))
+    rows, plain = figures(tmp / "buckets"), figures(tmp / "work")
+    for key in ("loss", "loss_policy", "loss_distillation", "grad_norm"):
+        assert rows[0][key] == pytest.approx(plain[0][key], abs=1e-5, rel=1e-4)
+    told = metrics.read(tmp / "buckets" / "metrics.jsonl")
+    assert [row["compilations"] for row in told[2:]] == [0, 0]
+    whole = train.Run.iterate
+
+    def broken(self, iteration):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        return whole(self, iteration)
+
+    monkeypatch.setattr(train.Run, "iterate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config, str(tmp / "buckets_resumed"))
+    monkeypatch.setattr(train.Run, "iterate", whole)
+    monkeypatch.setattr(packing, "fitted", None)  # what was saved is enough
+    train.run(config, str(tmp / "buckets_resumed"))
+    assert figures(tmp / "buckets_resumed") == rows
 
 
 def adapted(tmp: Path) -> settings.Config:

@@ -177,6 +177,28 @@ def test_a_workdir_without_permission_is_refused(tmp_path, monkeypatch):
         validation.claim_workdir(str(tmp_path), config.Config())
 
 
+def test_a_run_whose_folder_became_read_only_is_refused(tmp_path, monkeypatch):
+    validation.claim_workdir(str(tmp_path), config.Config())
+
+    def denied(*_, **__):
+        raise OSError(30, os.strerror(30))
+
+    monkeypatch.setattr(validation, "write_atomic", denied)
+    with pytest.raises(validation.Refused, match="Read-only file system; pass"):
+        validation.claim_workdir(str(tmp_path), config.Config())
+
+
+@pytest.mark.parametrize("every, kept", [(10, 1), (0, 1), (7, 2), (20, 1)])
+def test_the_best_of_what_is_never_evaluated_is_refused(every, kept):
+    """With every=10, only the last iteration would have both: it is not evaluated."""
+    settings = changed("evaluate.every", every)
+    settings.iterations, settings.checkpoint_every, settings.keep_best = 20, 4, kept
+    with pytest.raises(validation.Refused, match=f"keep_best={kept}.*to 4, or"):
+        validation.validate(settings)
+    settings.evaluate.every = 4
+    validation.validate(settings)
+
+
 def test_a_damaged_config_file_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(validation.Refused, match="damaged"):

@@ -71,13 +71,17 @@ def masked(
 
 def cached(
     q: Float[Array, "B L H E"],
-    k: Float[Array, "B K S E"],
+    k: Float[Array, "B K ..."],
     v: Float[Array, "B K S E"],
     allowed: Bool[Array, "#B L S"],
+    turned: bool = False,
 ) -> Float[Array, "B L H E"]:
     """`masked` over keys and values as a cache keeps them.
 
     The H / K query heads that share a key head are laid out as further queries.
+
+    Args:
+      turned: k is [B K E S] and not [B K S E]; without a gradient.
     """
     rows, length, heads, size = q.shape
     group = heads // k.shape[1]
@@ -85,7 +89,7 @@ def cached(
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows, -1, group * length, size)
     bias = jnp.where(allowed, 0.0, -1e30)[:, None]
     bias = jnp.tile(bias, (1, 1, group, 1))
-    mixed = _mix(q, k, v, bias)
+    mixed = (_mix_turned if turned else _mix)(q, k, v, bias)
     mixed = mixed.reshape(rows, -1, group, length, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(rows, length, heads, size)
 
@@ -179,8 +183,22 @@ def _mix(
     return _mix_fwd(q, k, v, bias)[0]
 
 
+def _mix_turned(
+    q: Float[Array, "B K M E"],
+    k: Float[Array, "B K E S"],
+    v: Float[Array, "B K S E"],
+    bias: Float[Array, "#B 1 M S"],
+) -> Float[Array, "B K M E"]:
+    """The same for keys that lie the other way; see KVCache."""
+    score = jnp.einsum("bkme,bkes->bkms", q, k, preferred_element_type=jnp.float32)
+    return _mixed(*_softened(score + bias), v)
+
+
 def _weights(q, k, bias) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"]]:
-    score = _products(q, k) + bias
+    return _softened(_products(q, k) + bias)
+
+
+def _softened(score):
     weight = jnp.exp(score - jnp.max(score, -1, keepdims=True))
     return weight, jnp.sum(weight, -1, keepdims=True)
 
@@ -208,15 +226,18 @@ def _products(q, k) -> Float[Array, "B K M S"]:
 
 
 def _mix_fwd(q, k, v, bias):
-    weight, total = _weights(q, k, bias)
+    mixed = _mixed(*_weights(q, k, bias), v)
+    return mixed, (q, k, v, bias, mixed)
+
+
+def _mixed(weight, total, v) -> Float[Array, "B K M E"]:
     mixed = jnp.einsum(
         "bkms,bkse->bkme",
         weight.astype(v.dtype),
         v,
         preferred_element_type=jnp.float32,
     )
-    mixed = (mixed / total).astype(v.dtype)
-    return mixed, (q, k, v, bias, mixed)
+    return (mixed / total).astype(v.dtype)
 
 
 def _mix_bwd(saved, g):

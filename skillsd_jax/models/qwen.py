@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from skillsd_jax import sharding
-from skillsd_jax.models import attention, rope
+from skillsd_jax.models import attention, kv_cache, rope
 from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.lora import Lora
 
@@ -293,22 +293,38 @@ def extend(
     row = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
     slot = jnp.where(new < length[:, None], position, cache.slots)  # beyond: dropped
 
-    def written(memory, x):
-        return memory.at[row, :, slot].set(x.astype(memory.dtype), mode="drop")
+    def written(memory, x, turned=False):
+        if rows is None and sharding.sizes():
+            # Row by row, which tells the compiler that no row leaves its device.
+            return jax.vmap(functools.partial(_put, turned))(memory, x, slot)
+        return kv_cache.write(memory, row, slot, x, turned)
 
     x, keys, values = _embed(config, params, tokens), [], []
     for n, block in enumerate(unstack(config, params)["layers"]):
         block = nnx.merge(_block(config), block)
         q, k, v = block.project(x, rotation)
-        keys.append(written(cache.keys[n], k))
+        keys.append(written(cache.keys[n], k, cache.turned))
         values.append(written(cache.values[n], v))
         k, v = (x if rows is None else x[rows] for x in (keys[n], values[n]))
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         seen = near if n in (config.window_layers or ()) else allowed
-        x = block.finish(x, attention.cached(q, k, v, seen))
+        x = block.finish(x, attention.cached(q, k, v, seen, cache.turned))
     total = cache.length.at[row[:, 0]].add(length, mode="drop")
-    cache = KVCache(tuple(keys), tuple(values), total)
+    cache = KVCache(tuple(keys), tuple(values), total, cache.turned)
     return _rms_norm(config, x, params["norm"]), cache
+
+
+def _put(
+    turned: bool,
+    memory: Float[Array, "K ..."],
+    x: Float[Array, "n K E"],
+    slot: Int[Array, " n"],
+):
+    """`kv_cache.write` of one row."""
+    x = x.astype(memory.dtype)
+    if turned:
+        return memory.at[:, :, slot].set(x.transpose(1, 2, 0), mode="drop")
+    return memory.at[:, slot].set(x.swapaxes(0, 1), mode="drop")
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:

@@ -10,6 +10,7 @@ import numpy as np
 from skillsd_jax import artifacts
 from skillsd_jax.skills import records
 from skillsd_jax.skills.columns import Columns, Rows
+from skillsd_jax.skills.ownership import Ownership
 from skillsd_jax.skills.records import Record
 from skillsd_jax.skills.similarity import Likeness
 from skillsd_jax.skills.skill import Skill, Stats, check_split
@@ -77,7 +78,7 @@ class Bank:
         self._shelves: dict[tuple[str, str], _Shelf] = {}  # by task and family
         self._families: dict[str, Rows] = {}  # with the family's tasks
         self._all = Rows()
-        self._only: dict[str, set[str]] = {}  # source → ids that no other summarised to
+        self._ownership = Ownership()
         self._became: dict[str, str] = {}  # ids of texts that the last absorb replaced
         self._absorbed = self._merged = self._evicted = 0
 
@@ -102,8 +103,9 @@ class Bank:
 
         A skill that its shelf already has, or with `similarity` one that says nearly the
         same, is merged: the text of the better reward stays, of equal ones the older,
-        with the sources, uses and rewards of both. A shelf over capacity loses the skill
-        of least value, of equal ones the oldest; that may be the new one.
+        with the sources, uses and rewards of both, and is the own of whoever wrote it. A
+        shelf over capacity loses the skill of least value, of equal ones the oldest; that
+        may be the new one.
 
         Raises:
           ValueError: a skill is of a task that is not for training; none is taken in.
@@ -113,7 +115,7 @@ class Bank:
             check_split(skill)
         self._became.clear()
         for skill in skills:
-            self._take(Record(skill, (skill.source,)))
+            self._take(Record(skill, (skill.source,), (skill.source,)))
             self._evict(self._shelves[_name(skill)])
 
     def credit(self, rewards: Iterable[tuple[str, float]], iteration: int = -1) -> None:
@@ -171,8 +173,8 @@ class Bank:
         return self._all.array
 
     def only_rows(self, source: str) -> np.ndarray:
-        """Rows of the skills that this episode alone summarised to, ascending."""
-        ids = self._only.get(source)
+        """Rows of the skills whose text this episode alone wrote, ascending."""
+        ids = self._ownership.only(source)
         return np.array(sorted(self._row[id] for id in ids)) if ids else _NONE
 
     def stats(self, id: str) -> Stats:
@@ -183,8 +185,12 @@ class Bank:
         return Stats(uses, total / uses if uses else 0.0, last)
 
     def sources(self, id: str) -> tuple[str, ...]:
-        """Ids of every episode that summarised to the skill."""
+        """Ids of every episode that summarised to the skill, or nearly so."""
         return tuple(self._sources[self._row[id]])
+
+    def authors(self, id: str) -> tuple[str, ...]:
+        """Those of the sources that wrote the text that is held."""
+        return self._ownership.of(id)
 
     def state(self) -> dict:
         """Everything, as plain values that survive JSON."""
@@ -205,8 +211,9 @@ class Bank:
             steps = tuple(entry["skill"]["golden_workflow"])
             skill = Skill(**entry["skill"] | {"golden_workflow": steps})
             check_split(skill)
-            sources = tuple(entry["sources"])
-            bank._add(Record(**{**entry, "skill": skill, "sources": sources}))
+            told = {"skill": skill, "sources": tuple(entry["sources"])}
+            told["authors"] = tuple(entry.get("authors", [skill.source]))
+            bank._add(Record(**entry | told))
         bank._absorbed, bank._merged = state["absorbed"], state["merged"]
         bank._evicted = state["evicted"]
         return bank
@@ -248,8 +255,9 @@ class Bank:
         uses, total = columns.uses[rows].tolist(), columns.total[rows].tolist()
         last = columns.last_shown[rows].tolist()
         for i, row in enumerate(rows.tolist()):
-            sources = tuple(self._sources[row])
-            yield Record(self._skills[row], sources, uses[i], total[i], last[i])
+            skill, sources = self._skills[row], tuple(self._sources[row])
+            authors = self.authors(skill.id)
+            yield Record(skill, sources, authors, uses[i], total[i], last[i])
 
     def _take(self, record: Record) -> None:
         """Adds a skill, or merges it into one that says the same."""
@@ -304,27 +312,8 @@ class Bank:
         self._all.append(row)
         if skill.scope != "global":
             self._families.setdefault(skill.family, Rows()).append(row)
-        self._own(row)
+        self._ownership.add(skill.id, record.authors)
         return row
-
-    def _own(self, row: int) -> None:
-        """Files the skill under its source, while that is the only one.
-
-        A comparison's source is several episodes, joined by '+': it is the own of each.
-        """
-        id, sources = self._skills[row].id, self._sources[row]
-        if len(set(sources)) == 1:
-            for episode in sources[0].split("+"):
-                self._only.setdefault(episode, set()).add(id)
-        elif sources:
-            self._disown(sources[0], id)
-
-    def _disown(self, source: str, id: str) -> None:
-        for episode in source.split("+"):
-            ids = self._only.get(episode, set())
-            ids.discard(id)
-            if not ids:
-                self._only.pop(episode, None)
 
     def _merge(self, row: int, new: Record) -> None:
         held, columns = self._skills[row], self.columns
@@ -342,10 +331,11 @@ class Bank:
             self._became[held.id] = merged.id
             use = columns.uses[row], columns.total[row], columns.last_shown[row]
             self._remove(row)
-            row = self._add(Record(merged, tuple(sources), *use))
-        elif len(sources) > len(self._sources[row]):
+            row = self._add(Record(merged, tuple(sources), new.authors, *use))
+        else:
             self._sources[row] = sources
-            self._own(row)
+            if new.skill.id == held.id:
+                self._ownership.add(held.id, new.authors)
         self._skills[row] = merged
         columns.born[row], columns.reward[row] = merged.born, merged.reward
         columns.uses[row] += new.uses
@@ -361,7 +351,7 @@ class Bank:
         self._evicted += 1
 
     def _remove(self, row: int) -> None:
-        skill, sources = self._skills[row], self._sources[row]
+        skill = self._skills[row]
         shelf = self._shelves[_name(skill)]
         shelf.rows.remove(row)
         if shelf.likeness is not None:
@@ -369,8 +359,7 @@ class Bank:
         self._all.remove(row)
         if skill.scope != "global":
             self._families[skill.family].remove(row)
-        if sources:
-            self._disown(sources[0], skill.id)
+        self._ownership.remove(skill.id)
         del self._row[skill.id]
         self._skills[row] = None
         self.columns.alive[row] = False

@@ -79,6 +79,16 @@ def check(name: str) -> None:
         )
 
 
+def load(name: str) -> Embedding:
+    """The embedding of this name; a model is in memory, and stays for the next call.
+
+    Raises:
+      ValueError: there is none, or its model cannot be loaded.
+    """
+    check(name)
+    return EMBEDDINGS[name] if name in EMBEDDINGS else _model(name)
+
+
 class Vectors:
     """Unit vectors of a bank's skills, each computed once: bank.indices keeps it.
 
@@ -88,9 +98,7 @@ class Vectors:
     """
 
     def __init__(self, name: str):
-        check(name)
-        self._hashed = name == "hashed"
-        self._embed = EMBEDDINGS[name] if name in EMBEDDINGS else _model(name)
+        self._hashed, self._embed = name == "hashed", load(name)
         self._room = np.zeros((0, 0), np.float32)
         self._alive = np.zeros(0, bool)  # rows whose features are counted
         self._features: dict[int, np.ndarray] = {}  # row → buckets, if hashed
@@ -210,9 +218,14 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.where(norms, norms, 1)).astype(np.float32)
 
 
+@functools.lru_cache(1)
 def _model(name: str) -> Embedding:
     try:
         from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
-    return SentenceTransformer(name.removeprefix(MODEL)).encode
+
+        return SentenceTransformer(name.removeprefix(MODEL)).encode
+    except (ImportError, OSError, RuntimeError, ValueError) as fault:
+        raise ValueError(
+            f"skills.embedding={name!r} cannot be loaded: {fault!s:.400}; name a folder, "
+            "or a model of the hub that can be reached from here"
+        ) from fault

@@ -9,24 +9,49 @@ import contextlib
 import dataclasses
 import json
 import queue
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Self
 
 from skillsd_jax import artifacts
 from skillsd_jax.skills import exchange, recording, replies
 from skillsd_jax.skills.asking import Endpoint
-from skillsd_jax.skills.recording import Exchange
+from skillsd_jax.skills.recording import Exchange, Outcome
+
+BROKEN = "the writer broke off by a mistake of its own, the cause of this"
+
+
+@dataclasses.dataclass
+class _Job:
+    """A request to send.
+
+    Args:
+      request: its text.
+      hash: of all that is sent.
+      answer: where it will be.
+      askers: how often it has been asked, and is to be counted.
+      waiting: how many of them still wait.
+      taken: whether a thread has begun with it.
+    """
+
+    request: str
+    hash: str
+    answer: Future[str | None] = dataclasses.field(default_factory=Future)
+    askers: int = 1
+    waiting: int = 1
+    taken: bool = False
 
 
 class Handle:
     """Requests under way."""
 
-    def __init__(self, answers: Sequence[Future[str | None]]):
-        self._answers = answers
+    def __init__(self, jobs: Sequence[_Job], leave: Callable[[Sequence[_Job]], None]):
+        self._answers = [job.answer for job in jobs]
+        self._jobs, self._leave = jobs, leave
 
     def ready(self) -> bool:
         """Whether `result` need not wait."""
@@ -42,6 +67,7 @@ class Handle:
         Raises:
           TimeoutError: they are not there yet; ask again.
           OSError: an answer could not be recorded.
+          RuntimeError: the writer broke.
         """
         wait(self._answers, timeout_s)
         missing = sum(not answer.done() for answer in self._answers)
@@ -49,15 +75,10 @@ class Handle:
             raise TimeoutError(f"{missing} answers are not there yet")
         return [answer.result() for answer in self._answers]
 
-
-@dataclasses.dataclass
-class _Job:
-    """A request to send, and how many have asked it meanwhile."""
-
-    request: str
-    hash: str
-    answer: Future[str | None] = dataclasses.field(default_factory=Future)
-    askers: int = 1
+    def cancel(self) -> None:
+        """Waits no more. What nobody waits for is not sent, or not tried again."""
+        jobs, self._jobs = self._jobs, ()
+        self._leave(jobs)
 
 
 def check(endpoint: Endpoint) -> None:
@@ -87,26 +108,26 @@ class Writer:
 
     def __init__(self, endpoint: Endpoint):
         """Raises:
-        ValueError: the key cannot be sent, or the recording cannot be read.
+        ValueError: the key cannot be sent, the recording cannot be read, or someone
+          else records to it.
         """
         self.endpoint = endpoint
         self._target = exchange.Target.of(
             endpoint.url.rstrip("/") + "/chat/completions"
         )
         self._recording: recording.Recording | None = None
-        self._known: dict[str, Exchange] = {}
+        self._known: dict[str, Outcome] = {}
         if not endpoint.replay:
             endpoint.key()
-        if endpoint.record:
-            self._recording = recording.Recording(endpoint.record)
         if recorded := endpoint.record or endpoint.replay:
-            self._known = recording.read(recorded)
+            self._known = self._opened(recorded)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._under_way: dict[str, _Job] = {}
         self._counts: Counter[str] = Counter()
         self._deadlines: set[exchange.Deadline] = set()
         self._closed = threading.Event()
+        self._mistake: BaseException | None = None  # of ours, that ended a thread
         self._threads: list[threading.Thread] = []
         for _ in range(0 if endpoint.replay else endpoint.concurrency):
             self._threads.append(threading.Thread(target=self._work, daemon=True))
@@ -121,7 +142,8 @@ class Writer:
     @property
     def counts(self) -> dict[str, int]:
         """Requests so far: 'asked', and of those that are done 'answered' and each of
-        FAILURES that came; further attempts under 'retried'."""
+        FAILURES that came; further attempts under 'retried'. One that was cancelled
+        before it was sent was not asked."""
         with self._lock:
             return dict(self._counts)
 
@@ -134,14 +156,17 @@ class Writer:
 
         Raises:
           ValueError: the writer is closed.
+          RuntimeError: it broke.
         """
         jobs = [_Job(request, self._hash(request)) for request in requests]
         with self._lock:
             # Under the lock of `close`: what is put here is put before its None.
+            if self._mistake is not None:
+                raise RuntimeError(BROKEN) from self._mistake
             if self._closed.is_set():
                 raise ValueError("the writer is closed; make another one")
             self._counts["asked"] += len(jobs)
-            return Handle([self._begun(job) for job in jobs])
+            return Handle([self._begun(job) for job in jobs], self._leave)
 
     def close(self) -> None:
         """Ends what is under way as 'closed', and waits for its threads a moment."""
@@ -149,25 +174,58 @@ class Writer:
         ends = time.monotonic() + 1.0
         for thread in self._threads:
             thread.join(max(0.0, ends - time.monotonic()))
+        if self._recording is not None:
+            self._recording.close()
+
+    def _opened(self, path: str) -> dict[str, Outcome]:
+        """What a file has recorded; it is held if it is to be recorded to."""
+        if self.endpoint.record:
+            self._recording = recording.Recording(path)
+        try:
+            return recording.read(path)
+        except ValueError:
+            if self._recording is not None:
+                self._recording.close()
+            raise
 
     def _hash(self, request: str) -> str:
         return artifacts.content_hash(self.endpoint.body(request))
 
-    def _begun(self, job: _Job) -> Future[str | None]:
-        """Where the answer will be: known, under way already, or now sent for."""
+    def _begun(self, job: _Job) -> _Job:
+        """Whose the answer will be: known, under way already, or now sent for."""
         if twin := self._under_way.get(job.hash):
             twin.askers += 1
-            return twin.answer
+            twin.waiting += 1
+            return twin
         known = self._known.get(job.hash)
         if self.endpoint.replay and known is None:
-            known = Exchange(job.hash, job.request, None, "not_recorded")
+            known = Outcome(None, "not_recorded")
         if known is not None and (self.endpoint.replay or not known.failure):
             self._counts[known.failure or "answered"] += 1
             job.answer.set_result(known.answer)
         else:
             self._under_way[job.hash] = job
             self._jobs.put(job)
-        return job.answer
+        return job
+
+    def _leave(self, jobs: Sequence[_Job]) -> None:
+        """One who asked for them waits no more."""
+        with self._lock:
+            for job in jobs:
+                if self._under_way.get(job.hash) is job:
+                    job.waiting -= 1
+                    job.askers -= not job.taken
+                    self._counts["asked"] -= not job.taken
+
+    def _taken(self, job: _Job) -> bool:
+        """Whether a job of the queue is to be sent; if nobody waits it is gone."""
+        with self._lock:
+            job.taken = job.waiting > 0
+            if not job.taken:
+                del self._under_way[job.hash]
+        if not job.taken:
+            job.answer.set_result(None)
+        return job.taken
 
     def _stop(self) -> None:
         with self._lock:
@@ -190,15 +248,19 @@ class Writer:
 
         What a closed writer left undone is not recorded: nothing became of it.
         """
-        done, broken = Exchange(job.hash, job.request, answer, failure), None
+        broken = None
+        if self._mistake is not None and failure == "closed":
+            broken = RuntimeError(BROKEN)
+            broken.__cause__ = self._mistake
         if self._recording is not None and failure != "closed":
+            done = Exchange(job.hash, job.request, answer, failure)
             try:
                 self._recording.append(done)
             except OSError as error:
                 broken = error
         with self._lock:
-            if not failure:
-                self._known[job.hash] = done
+            if not failure and broken is None:
+                self._known[job.hash] = Outcome(answer)
             del self._under_way[job.hash]
             self._counts[failure or "answered"] += job.askers
         if broken is None:
@@ -215,12 +277,15 @@ class Writer:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
+            if not self._taken(job):
+                continue
             answer, failure = None, "closed"
             try:
                 answer, failure = self._asked(job), ""
             except exchange.Failed as failed:
                 failure = failed.reason
             finally:
+                self._mistake = self._mistake or sys.exception()
                 self._finish(job, answer, failure)
 
     def _asked(self, job: _Job) -> str:
@@ -233,10 +298,14 @@ class Writer:
             except replies.Again as again:
                 if attempt == self.endpoint.retries or self._closed.is_set():
                     raise
+                if not job.waiting:
+                    raise
                 with self._lock:
                     self._counts["retried"] += 1
                 pause_s = replies.pause_s(self.endpoint, job.hash, attempt, again)
                 self._closed.wait(pause_s)
+                if not job.waiting:
+                    raise
         raise exchange.Failed("closed")
 
     def _answer(self, request: str) -> str:

@@ -11,6 +11,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Skill)}
 OPTIONAL = {"policy", "maker"}  # files of earlier runs are without
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 _TYPES = {"born": int, "policy": int, "reward": float, "golden_workflow": list}
+_TYPES |= {"sources": list, "authors": list}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Record:
 
     Args:
       skill: the skill.
-      sources: ids of every episode that summarised to it.
+      sources: ids of every episode that summarised to it, or nearly so.
+      authors: those of them that wrote this very text.
       uses: times shown.
       total: reward credited over all uses.
       last_shown: iteration of the latest use; -1 if none is known.
@@ -27,6 +29,7 @@ class Record:
 
     skill: Skill
     sources: tuple[str, ...]
+    authors: tuple[str, ...]
     uses: int = 0
     total: float = 0.0
     last_shown: int = -1
@@ -38,6 +41,7 @@ def line(record: Record) -> str:
     # Not asdict: its deep copies take longer than all the rest.
     values = vars(record.skill) | {
         "sources": record.sources,
+        "authors": record.authors,
         "uses": record.uses,
         "mean_reward": mean,
         "total_reward": record.total,
@@ -87,16 +91,15 @@ def _record(values, where: str) -> Record:
     skill = Skill(**told | {"golden_workflow": tuple(told["golden_workflow"])})
     if not 0 <= skill.reward <= 1:
         raise ValueError(f"{where}: reward={skill.reward} must be between 0 and 1")
-    sources = values.get("sources", [skill.source])
-    if not isinstance(sources, list) or not all(isinstance(s, str) for s in sources):
-        raise ValueError(f"{where}: sources={sources!r:.60} must be a list of texts")
+    lists = {"sources": [skill.source], "authors": [skill.source]} | values
+    sources, authors = (_typed(lists, name, where) for name in ("sources", "authors"))
     uses = _number(values, "uses", 0, int, where)
     mean = _number(values, "mean_reward", 0.0, float, where)
     total = _number(values, "total_reward", uses * mean, float, where)
     if uses < 0:
         raise ValueError(f"{where}: uses={uses} must be at least 0")
     last = _number(values, "last_shown", -1, int, where)
-    return Record(skill, tuple(sources), uses, total, last)
+    return Record(skill, tuple(sources), tuple(authors), uses, total, last)
 
 
 def _typed(values: dict, name: str, where: str):

@@ -1,8 +1,8 @@
 """Which skills of the bank are shown for an episode.
 
 `skills.retrieval` is a mixture: parts joined by '+', each `shelf:rule` or a rule alone,
-which looks at the nearest shelf that has something for the row. 'ucb' is one skill of
-the task's; 'global:random+ucb' shows one for every task before it.
+which looks at the nearest shelf that has anything. 'ucb' is one skill of the task's;
+'global:random+ucb' shows one for every task before it.
 """
 
 import dataclasses
@@ -34,10 +34,11 @@ def retrieve(
     Args:
       bank: where to look.
       task: the row's task.
-      source: id of the row's own episode. A skill that only this episode summarised
-        to is not shown to it unless `config.allow_own`: it would tell the teacher
-        what the row itself did next, so for this row it might as well not be there.
-        One that a sibling wrote as well, or nearly so, is the sibling's.
+      source: id of the row's own episode. A skill whose text only this episode wrote
+        is not shown to it unless `config.allow_own`: it would tell the teacher what
+        the row itself did next. Where the task has no other, nothing is shown: a skill
+        of another task may mislead. One that a sibling wrote as well, word for word, is
+        the sibling's.
       rng: source of every random choice.
       config: which rules, and their constants.
 
@@ -51,19 +52,32 @@ def retrieve(
     query = Query(task, rng, config)
     own = () if config.allow_own else bank.only_rows(source)
     for shelf, rule in _parts(config.retrieval):
-        for rows in SHELVES[shelf](bank, task):
-            allowed = _without(rows, own) if len(own) else rows
-            if len(allowed):
-                chosen = RETRIEVAL[rule](Pool(bank, allowed, rows), query)
-                shown |= dict.fromkeys(allowed[np.asarray(chosen, int)].tolist())
-                break
+        rows = next(filter(len, SHELVES[shelf](bank, task)), ())
+        allowed = _without(rows, own) if len(own) and len(rows) else rows
+        if len(allowed):
+            chosen = RETRIEVAL[rule](Pool(bank, allowed, rows), query)
+            shown |= dict.fromkeys(allowed[np.asarray(chosen, int)].tolist())
     return bank.skills(shown)
 
 
 def check(text: str, vectors: str = "hashed") -> None:
-    """Raises ValueError for a mixture of unknown parts, or an unknown embedding."""
-    _parts(text)
+    """Raises ValueError for a mixture of unknown parts, or an unknown embedding.
+
+    A model that a part will ask is loaded: what is wrong with it shows now.
+    """
+    rules = {rule for _, rule in _parts(text)}
+    if "embedding" in rules:
+        embedding.load(vectors)
     embedding.check(vectors)
+
+
+def shows(text: str) -> bool:
+    """Whether a mixture ever shows a skill.
+
+    Raises:
+      ValueError: an unknown shelf or rule.
+    """
+    return any(rule != "none" for _, rule in _parts(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +207,8 @@ RETRIEVAL: dict[str, Callable[[Pool, Query], Sequence[int]]] = {
 }
 
 
-# Name → where it looks: rows of the bank, oldest first; the first that have a skill the
-# row may see are taken.
+# Name → where it looks: rows of the bank, oldest first; the first that are any are
+# taken.
 SHELVES: dict[str, Callable[[Bank, Task], Sequence[np.ndarray]]] = {
     NEAREST: lambda bank, task: (
         bank.task_rows(task.key),

@@ -153,12 +153,14 @@ def test_logits_equal_transformers(name, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_ragged_extension_equals_one_forward(config):
+def test_ragged_extension_equals_one_forward(config, turned):
     params, rows, total = make(config), 4, 20
     tokens = some_tokens(config, rows, total)
     rng = np.random.default_rng(1)
-    cache = kv_cache.empty(config, rows, total)
+    cache = kv_cache.empty(config, rows, kv_cache.MANY if turned else total)
+    assert cache.turned == turned
     done = np.zeros(rows, int)
     seen = np.zeros((rows, total, config.width))
     for width in (6, 1, 5, 4, 6, 6, 6):
@@ -317,6 +319,17 @@ def test_shapes_that_cannot_be_are_refused():
         dataclasses.replace(QWEN3, kv_heads=4)
     with pytest.raises(ValueError, match="head_size=7"):
         dataclasses.replace(QWEN3, head_size=7)
+
+
+def test_keys_are_turned_for_many_slots_on_a_cpu_alone(monkeypatch):
+    many = kv_cache.MANY
+    assert [kv_cache.empty(QWEN3, 2, n).turned for n in (many - 1, many)] == [0, 1]
+    grown = kv_cache.grow(kv_cache.empty(QWEN3, 2, many), many + 7)
+    assert grown.turned and grown.slots == grown.keys[0].shape[3] == many + 7
+    late = kv_cache.grow(kv_cache.empty(QWEN3, 2, many - 1), many)
+    assert not late.turned and late.keys[0].shape == late.values[0].shape
+    monkeypatch.setattr(kv_cache.jax, "default_backend", lambda: "gpu")
+    assert not kv_cache.empty(QWEN3, 2, many).turned
 
 
 def test_gathered_rows_continue_as_themselves():

@@ -325,6 +325,7 @@ class Alike:
 
     def absorb(self, new):
         entry = {"skill": new, "sources": [new.source], "uses": 0, "total": 0.0}
+        entry["authors"] = {new.source}
         indices = [jaccard(e["skill"].text, new.text) for e in self.entries]
         same = [i for i, e in enumerate(self.entries) if e["skill"].id == new.id]
         if not same and indices and max(indices) >= self.similarity:
@@ -333,8 +334,12 @@ class Alike:
             held = self.entries[i]
             if new.source not in held["sources"]:
                 held["sources"].append(new.source)
+            if new.id == held["skill"].id:
+                held["authors"].add(new.source)
             if new.reward > held["skill"].reward:
                 held["skill"], old = new, held["skill"]
+                if new.id != old.id:
+                    held["authors"] = {new.source}
                 if new.id != old.id:
                     self.entries.append(self.entries.pop(i))
         if not same:
@@ -371,8 +376,13 @@ def test_random_near_duplicates_agree_with_a_list(monkeypatch):
             ]
             for held, entry in zip(found, naive.entries):
                 assert bank.sources(held.id) == tuple(entry["sources"])
+                assert set(bank.authors(held.id)) == entry["authors"]
                 mean = entry["total"] / entry["uses"] if entry["uses"] else 0.0
                 assert bank.stats(held.id) == Stats(entry["uses"], mean)
+            for source in ("0", "1", "2"):
+                only = [e for e in naive.entries if e["authors"] == {source}]
+                own = bank.skills(bank.only_rows(source))
+                assert [s.text for s in own] == [e["skill"].text for e in only]
             replaced += set(before) != set(ids(found)) and len(before) == len(found)
             renumbered += len(bank.columns) < rows
             if step == 60:
@@ -483,6 +493,7 @@ def test_loading_into_a_smaller_bank_keeps_the_best(tmp_path):
         ({"golden_workflow": [1]}, "must be a list of texts"),
         ({"family": None}, "line 2: family=None must be a text"),
         ({"sources": "x"}, "line 2: sources='x' must be a list of texts"),
+        ({"authors": [1]}, r"line 2: authors=\[1\] must be a list of texts"),
         ({"id": "x"}, "line 2: x was there before"),
     ],
 )
@@ -690,3 +701,45 @@ def test_a_comparison_is_the_own_skill_of_each_of_its_episodes():
         assert len(bank.only_rows(source)) == count
     bank.absorb([skill("a", source="1/1")])
     assert not any(len(bank.only_rows(f"1/{n}")) for n in range(4))
+
+
+def owners(bank):
+    """Episodes that alone wrote the one text that is held."""
+    return [source for source in ("0/0", "0/1", "0/2") if len(bank.only_rows(source))]
+
+
+@pytest.mark.parametrize("rewards, owner", [((0.5, 0.9), "0/1"), ((0.9, 0.5), "0/0")])
+def test_a_near_duplicate_is_the_own_of_whoever_wrote_the_text_that_is_held(
+    rewards, owner, tmp_path
+):
+    bank = Bank(8, similarity=0.75)
+    made = [
+        near(word, reward, source=source)
+        for word, reward, source in zip(("move", "take"), rewards, ("0/0", "0/1"))
+    ]
+    bank.absorb(made)
+    bank.save(tmp_path / "skills.jsonl")
+    state = json.loads(json.dumps(bank.state()))
+    loaded = Bank.load(tmp_path / "skills.jsonl", 8, similarity=0.75)
+    for one in (bank, Bank.from_state(state), loaded):
+        (kept,) = one.for_task(T)
+        assert one.sources(kept.id) == ("0/0", "0/1")
+        assert owners(one) == [owner] and one.authors(kept.id) == (owner,)
+        # Whoever writes it word for word shares it.
+        one.absorb([dataclasses.replace(kept, source="0/2", reward=0.0)])
+        assert owners(one) == [] and one.authors(kept.id) == (owner, "0/2")
+        again = Bank.from_state(json.loads(json.dumps(one.state())))
+        assert again.state() == one.state() and owners(again) == []
+    for entry in state["entries"]:  # as an older run wrote it
+        del entry["authors"]
+    assert owners(Bank.from_state(state)) == [owner]
+
+
+def test_a_text_that_replaces_a_shared_one_is_its_authors_own():
+    bank = Bank(8, similarity=0.75)
+    bank.absorb([near("move", source="0/0"), near("move", source="0/1")])
+    assert owners(bank) == []
+    bank.absorb([near("take", 0.9, source="0/2")])
+    assert owners(bank) == ["0/2"]
+    bank.absorb([near("move", 1.0, source="0/1")])
+    assert owners(bank) == ["0/1"]

@@ -1,8 +1,10 @@
 """Claims about a server as the writer of skills: bounded, counted, and no key anywhere."""
 
 import dataclasses
+import errno
 import json
 import os
+import resource
 import shutil
 import socket
 import ssl
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -451,6 +454,7 @@ def test_twins_of_a_failure_all_have_it_and_it_is_tried_when_asked_again(tmp_pat
         assert writer.write("a") == [skill()]
         server.times = 3
         assert writer.write("b") == [None]
+        writer.close()
         assert ask(server, "b", record=str(path))[0] == [skill()]
     assert len(server.asked) == 4
     assert [line["failure"] for line in lines(path)] == ["status", "", "status", ""]
@@ -519,6 +523,113 @@ def exchanges(path, count=3):
     file = Recording(path)
     for n in range(count):
         file.append(Exchange(f"h{n}", "é\u2028\ud800", f"answer {n}"))
+    file.close()
+
+
+def test_a_second_run_at_a_time_does_not_record_to_the_same_file(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    chosen = settings("http://127.0.0.1:1/v1", record=str(path))
+    code = (
+        "import sys\n"
+        "from skillsd_jax.skills.recording import Recording\n"
+        "held = Recording(sys.argv[1])\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"^record: {path} is being recorded to"):
+            endpoint.check(chosen)
+        with pytest.raises(ValueError, match=f"^{path} is being recorded to by anoth"):
+            Writer(chosen)
+        recording.read(path)  # may be read meanwhile
+        other.communicate()
+    with Writer(chosen), pytest.raises(ValueError, match="or name another file"):
+        Writer(chosen)
+    endpoint.check(chosen)
+    exchanges(path)
+    path.write_bytes(b"{}\n" + path.read_bytes())
+    with pytest.raises(ValueError, match="line 1 is damaged"):
+        Writer(chosen)
+    Recording(path).close()  # a writer that came to nothing holds nothing
+
+
+@pytest.mark.parametrize("fault", [None, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_it_is_recorded_without(fault, tmp_path, monkeypatch):
+    class Locks:
+        LOCK_EX = LOCK_NB = 0
+
+        def flock(self, *_):
+            raise OSError(fault, "no locks")
+
+    monkeypatch.setattr(recording, "fcntl", fault and Locks())
+    exchanges(path := tmp_path / "recording.jsonl")
+    recording.check(path)
+    assert len(lines(path)) == 3
+
+
+def test_a_failed_append_leaves_the_file_as_it_was(tmp_path):
+    exchanges(path := tmp_path / "recording.jsonl")
+    before = path.read_bytes()
+    file = Recording(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 40, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.append(Exchange("long", "r" * 100, "a"))
+        left = path.read_bytes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert left == before
+    file.append(Exchange("h9", "r", "a"))
+    assert list(recording.read(path)) == ["h0", "h1", "h2", "h9"]
+
+
+def test_what_could_not_be_recorded_is_asked_again(tmp_path, monkeypatch):
+    path, append = tmp_path / "recording.jsonl", Recording.append
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    with (
+        serving("counts") as server,
+        Writer(settings(server, record=str(path))) as writer,
+    ):
+        monkeypatch.setattr(Recording, "append", full)
+        with pytest.raises(OSError, match="no space"):
+            writer.write("a")
+        monkeypatch.setattr(Recording, "append", append)
+        assert writer.write("a") == ["answer 2"]
+    assert [line["answer"] for line in lines(path)] == ["answer 2"]
+
+
+def test_a_writer_keeps_no_text_of_what_is_done(tmp_path):
+    path, long = tmp_path / "recording.jsonl", "request " * 100
+    with (
+        serving("good") as server,
+        Writer(settings(server, record=str(path))) as writer,
+    ):
+        writer.write([long])
+        assert list(writer._known.values()) == [(skill(), "")]
+    with Writer(settings("http://h/v1", replay=str(path))) as writer:
+        assert list(writer._known.values()) == [(skill(), "")]
+
+
+def test_a_recording_is_read_without_being_held_whole(tmp_path):
+    file = Recording(path := tmp_path / "recording.jsonl")
+    for n in range(20):
+        file.append(Exchange(f"h{n}", "r" * 1_000_000, "a"))
+    file.close()
+    tracemalloc.start()
+    assert len(recording.read(path)) == 20
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000  # of 20
 
 
 def test_the_rest_of_a_crash_is_passed_over_and_written_over(tmp_path):
@@ -669,9 +780,53 @@ def test_a_mistake_of_ours_ends_the_wait(monkeypatch):
 
     monkeypatch.setattr(replies, "content", broken)
     with serving("good") as server, Writer(settings(server)) as writer:
-        assert writer.submit(["a"] * 9).result(PATIENCE_S) == [None] * 9
-        with pytest.raises(ValueError, match="the writer is closed"):
-            writer.write(["a"])
+        handle = writer.submit(["a"] * 9 + list("bcdefg"))
+        for late in (handle.result, lambda _: writer.write(["a"])):
+            with pytest.raises(RuntimeError, match="a mistake of its own") as caught:
+                late(PATIENCE_S)
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_what_nobody_waits_for_any_more_is_not_sent(tmp_path):
+    path = tmp_path / "recording.jsonl"
+    with (
+        serving("gated") as server,
+        Writer(settings(server, record=str(path), concurrency=1)) as writer,
+    ):
+        first = writer.submit(["sent"])
+        while not server.asked:
+            time.sleep(0.005)
+        dropped = writer.submit(["dropped", "twin"])
+        twin, last = writer.submit(["twin"]), writer.submit(["last"])
+        for handle in (first, dropped, dropped):
+            handle.cancel()
+        assert not last.ready()
+        server.gate.set()
+        assert twin.result(PATIENCE_S) == ["re: twin"]
+        assert last.result(PATIENCE_S) == ["re: last"]
+        assert dropped.result(PATIENCE_S) == [None, "re: twin"]
+        # What was sent is answered and kept.
+        assert writer.counts == {"asked": 3, "answered": 3}
+        last.cancel()
+        assert writer.write(["sent", "last"]) == ["re: sent", "re: last"]
+        assert writer.counts == {"asked": 5, "answered": 5}
+    sent = [asked["messages"][0]["content"] for asked in server.asked]
+    assert sent == ["sent", "twin", "last"]
+    assert [line["request"] for line in lines(path)] == sent
+
+
+@pytest.mark.parametrize("pausing", [False, True])
+def test_what_nobody_waits_for_any_more_is_not_tried_again(pausing):
+    options = {"concurrency": 1, "retries": 5, "timeout_s": 0.5, "max_wait_s": 0.5}
+    options |= {"backoff_s": 0.5 if pausing else 0.0}
+    with serving("slow") as server, Writer(settings(server, **options)) as writer:
+        handle = writer.submit(["a"])
+        while not (writer.counts.get("retried") if pausing else server.asked):
+            time.sleep(0.001)
+        handle.cancel()
+        assert handle.result(PATIENCE_S) == [None]
+        assert len(server.asked) == 1
+        assert writer.counts["timeout"] == 1
 
 
 def test_a_writer_that_is_never_closed_lets_the_process_end():
