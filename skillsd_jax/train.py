@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from skillsd_jax import (
     experience,
     imitate,
     learner,
-    machine,
     metrics,
     panels,
     practice,
@@ -55,12 +55,19 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     """
     preflight.check(config)
     validation.claim_workdir(workdir, config)
-    compiled = artifacts.cache_folder(config.cache) / "compiled" / machine.name()
+    compiled = artifacts.cache_folder(config.cache) / "compiled" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(compiled))
-    machine.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(metrics.Progress(config.iterations))
         return Run(config, Path(workdir), progress, stack).finish()
+
+
+def _machine() -> str:
+    """Names what compiled programs depend on: jaxlib and the processor's features."""
+    described = Path("/proc/cpuinfo")
+    features = described.read_text() if described.exists() else platform.processor()
+    flags = {line for line in features.split("\n") if line.startswith("flags")}
+    return artifacts.content_hash(jax.lib.__version__, platform.machine(), flags)
 
 
 def key_for(seed: int, purpose: str, index: int = 0) -> jax.Array:

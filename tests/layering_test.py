@@ -20,7 +20,7 @@ LINES = (
     ("preflight",),
     ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
-    ("rollout", "learner", "checkpoint", "metrics", "timing", "machine"),
+    ("rollout", "learner", "checkpoint", "metrics", "timing"),
     ("episode", "slots", "optimizers"),
     ("sampler", "losses", "skills", "environments"),
     ("prompts",),
