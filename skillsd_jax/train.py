@@ -19,7 +19,6 @@ from skillsd_jax import (
     guard,
     imitate,
     learner,
-    machine,
     metrics,
     optimizers,
     packing,
@@ -57,7 +56,6 @@ def run(config: settings.Config, workdir: str) -> dict[str, Any]:
     """
     preflight.check(config)
     timing.keep_compiled(artifacts.cache_folder(config.cache) / "compiled")
-    machine.keep_freed_memory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(validation.claimed(workdir, config))
         artifacts.sweep(Path(workdir))

@@ -20,7 +20,7 @@ LINES = (
     ("preflight", "savepoint"),
     ("agent", "panels", "practice", "summaries"),
     ("author", "evaluate", "experience", "imitate", "report"),
-    ("rollout", "learner", "checkpoint", "metrics", "timing", "preemption", "machine"),
+    ("rollout", "learner", "checkpoint", "metrics", "timing", "preemption"),
     (
         "episode",
         "guard",
