@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from script import CHECKED_ROWS, CHECKED_TURNS, Script, spoken
 
-from skillsd_jax import machine, sampler, slots
+from skillsd_jax import sampler, slots
 from skillsd_jax.models import huggingface, qwen
 
 BUCKET = 64  # contexts read anew are padded to multiples of it
@@ -21,7 +21,6 @@ class _Own:
     """
 
     def __init__(self, folder: str, script: Script):
-        machine.keep_freed_memory()  # as a run does
         self.model, params = huggingface.load(folder)
         apart = jax.jit(qwen.unstack, static_argnums=0)
         self.params = jax.block_until_ready(apart(self.model, params))

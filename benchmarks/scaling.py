@@ -160,11 +160,14 @@ class Program:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
         if known:
             return int(known[1])
-        condition = re.search(r"condition=%([\w.\-]+)", line)
+        name = re.search(r"condition=%([\w.\-]+)", line)[1]
         bounds = re.findall(
-            r" s32\[\]\S* constant\((\d+)\)", "\n".join(self.parts[condition[1]])
+            r" [su]32\[\]\S* constant\((\d+)\)", "\n".join(self.parts[name])
         )
-        return int(bounds[0]) if len(bounds) == 1 else self.loops
+        if len(bounds) != 1:
+            return self.loops
+        # A product whose weights come in turns takes two of them a round.
+        return -(-int(bounds[0]) // (2 if "windowed" in name else 1))
 
 
 def _gib(shape: str) -> float:

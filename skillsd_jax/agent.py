@@ -1,6 +1,7 @@
 """The agent a run starts from: a Hugging Face folder, or the embedded warm start."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -256,9 +257,14 @@ def _embedded(
         *([] if words_of is None else [words_of]),
     )
     folder = artifacts.cache_folder(config.cache) / "warm_starts"
-    return artifacts.cached(
-        folder, f"warm-{key}", lambda: _make(config, say, words), _load, _save
-    )
+
+    def found():
+        make = functools.partial(_make, config, say, words)
+        with sharding.own():
+            return artifacts.cached(folder, f"warm-{key}", make, _load, _save)
+
+    made, model, params, record = cluster.told(found)
+    return made, model, jax.tree.map(jax.numpy.asarray, sharding.put(params)), record
 
 
 def _sources(package: Path) -> list[Path]:
@@ -322,8 +328,7 @@ def _make(config: settings.Config, say: Callable[[str], None], words):
     made = record(config, say, words)
     rows = made.record["rows"]
     say(f"warm start: cloning {rows['plain']} plain and {rows['skilled']} skilled rows")
-    with sharding.own():
-        params, curve = _clone(config, made.model, made.data, say)
+    params, curve = _clone(config, made.model, made.data, say)
     return made.words, made.model, params, made.record | {"loss": curve}
 
 
@@ -390,8 +395,6 @@ def _save(folder: Path, made) -> None:
 def _load(folder: Path):
     text = json.loads((folder / "agent.json").read_text())
     with np.load(folder / "params.npz") as flat:
-        arrays = {name: flat[name] for name in flat}
-    params = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    params = jax.tree.map(jax.numpy.asarray, sharding.put(params))
+        params = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
     words = tokenizer.load(folder / "tokenizer")
     return words, qwen.ModelConfig(**text["model"]), params, text["record"]

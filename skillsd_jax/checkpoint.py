@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from skillsd_jax import artifacts, manifest
+from skillsd_jax import artifacts, cluster, manifest
 
 PyTree = Any
 
@@ -37,7 +37,8 @@ class Checkpointer:
     rest goes on beside the loop. One at a time: the next `save` waits for the one before.
 
     Args:
-      directory: made where missing; of one process at a time.
+      directory: made where missing; of one run at a time. The processes of a job write
+        their parts of a tree to it, and the first does everything else.
       keep: how many of the newest stay.
       best: how many of those with the best scores stay besides; of equal ones the
         newer.
@@ -53,9 +54,7 @@ class Checkpointer:
     ):
         self._directory = Path(directory).absolute()
         self._keep, self._best, self._say = keep, best, say
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for part in self._directory.glob(_PART + "*"):
-            shutil.rmtree(part)
+        cluster.told(self._cleared)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.StandardCheckpointHandler(), timeout_secs=TIMEOUT_S
         )
@@ -78,7 +77,7 @@ class Checkpointer:
           Unsaved: this save, or the one before, cannot be written.
         """
         self.wait()
-        latest = max(_steps(self._directory), default=None)
+        latest = cluster.told(lambda: max(_steps(self._directory), default=None))
         if latest is not None and step <= latest:
             raise ValueError(
                 f"step {step} must be later than the saved step {latest}; restore it "
@@ -88,7 +87,7 @@ class Checkpointer:
         part = self._directory / f"{_PART}{step}"
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if _sized(leaf))
         try:
-            part.mkdir()
+            cluster.told(part.mkdir)
             self._orbax.save(part / "tree", args=ocp.args.StandardSave(tree))
         except (OSError, ValueError, RuntimeError) as fault:
             raise self._failed(step, size, fault) from fault
@@ -100,13 +99,20 @@ class Checkpointer:
         Raises:
           Unsaved: it cannot be written.
         """
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if self._saving is None:
+            return
+        try:
+            self._saved()
+            fault = None
+        except Unsaved as found:
+            fault = found
+        for each in cluster.gather(fault):
+            if each is not None:
+                raise each
 
     def check(self) -> None:
         """Raises Unsaved where a save has failed by now; waits for nothing."""
-        if self._saving is not None and self._saving.done():
+        if self._saving is not None and all(cluster.gather(self._saving.done())):
             self.wait()
 
     def newest(self) -> tuple[int, dict] | None:
@@ -118,6 +124,9 @@ class Checkpointer:
           ValueError: there are some and all are damaged; all stay where they are.
         """
         self.wait()
+        return cluster.told(self._newest)
+
+    def _newest(self) -> tuple[int, dict] | None:
         step, damaged = _whole(self._directory)
         if step is None:
             return None
@@ -150,17 +159,30 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Waits as `wait` does; may be called twice."""
+        """Waits as `wait` does, for this process's part; may be called twice."""
         try:
-            self.wait()
+            self._saved()
         finally:
             self._thread.shutdown()
             self._orbax.close()
+
+    def _saved(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _cleared(self) -> None:
+        """The folder, without what a crash has left unfinished."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for part in self._directory.glob(_PART + "*"):
+            shutil.rmtree(part)
 
     def _finish(self, step: int, size: int, host: str, score: float | None) -> None:
         part = self._directory / f"{_PART}{step}"
         try:
             self._orbax.wait_until_finished()
+            if not cluster.first():
+                return
             artifacts.write_atomic(part / "host.json", host)
             manifest.write(part, {"score": score})
             part.rename(self._directory / str(step))

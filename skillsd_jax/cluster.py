@@ -73,6 +73,8 @@ def _parsed(text: str) -> tuple[str, int, int]:
 
 
 def _initialize(*who) -> None:
+    # It would swallow SIGTERM, which skillsd_jax.preemption hears.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             *who,
@@ -121,10 +123,22 @@ def merge(found: Mapping[int, T]) -> dict[int, T]:
 
 
 def told(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process; the others do not call it."""
+    """What `make` gives in the first process; the others do not call it.
+
+    An OSError or ValueError of it is raised in all.
+    """
     if count() == 1:
         return make()
-    return gather(make() if first() else None)[0]
+    found, fault = None, None
+    if first():
+        try:
+            found = make()
+        except (OSError, ValueError) as raised:
+            fault = raised
+    found, fault = gather((found, fault))[0]
+    if fault is not None:
+        raise fault
+    return found
 
 
 def check_same(what: str, value: str | int) -> None:

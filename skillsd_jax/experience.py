@@ -298,15 +298,15 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     helped = [t.success for t in usable if hinted(t)]
     endings = collections.Counter(t.ending for t in trajectories)
     return {
-        "success": _mean(plain or helped),
-        **({"success_hinted": _mean(helped)} if plain and helped else {}),
-        "return": _mean([t.reward for t in usable]),
-        "steps": _mean([len(t.turns) for t in usable]),
-        "invalid_rate": _mean([not turn.valid for turn in turns]),
+        "success": mean(plain or helped),
+        **({"success_hinted": mean(helped)} if plain and helped else {}),
+        "return": mean([t.reward for t in usable]),
+        "steps": mean([len(t.turns) for t in usable]),
+        "invalid_rate": mean([not turn.valid for turn in turns]),
         "endings": dict(sorted(endings.items())),
         "tokens": sum(_scored(t) for t in trajectories),
         "prompts_cut": sum(t.cut for t in trajectories),
-        "replies_cut": _mean([not turn.stopped for turn in turns]),
+        "replies_cut": mean([not turn.stopped for turn in turns]),
     }
 
 
@@ -329,8 +329,8 @@ def reuse(shown: Shown, bank: skill_bank.Bank, iteration: int) -> dict[str, floa
     """
     held = [skill for skills in shown for skill in skills if skill.id in bank]
     return {
-        "age": _mean([iteration - skill.born for skill in held]),
-        "uses": _mean([bank.stats(skill.id).uses for skill in held]),
+        "age": mean([iteration - skill.born for skill in held]),
+        "uses": mean([bank.stats(skill.id).uses for skill in held]),
     }
 
 
@@ -339,7 +339,8 @@ def _scored(trajectory: Trajectory) -> int:
     return sum(len(segment.tokens) for segment in segments if segment.scored)
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """0 where there is nothing."""
     return float(np.mean(values)) if len(values) else 0.0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from skillsd_jax import config as settings
-from skillsd_jax import validation
+from skillsd_jax import runfolder
 from skillsd_jax.validation import Refused
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
@@ -51,7 +51,7 @@ def inherited(config: settings.Config) -> dict:
 
 def export(workdir: Path, out: Path, step: int | None, dtype: str) -> str:
     """Writes the folder; returns what was done, in a line."""
-    config = validation.read_config(workdir)
+    config = runfolder.read_config(workdir)
     from skillsd_jax import agent, checkpoint  # jax takes seconds: only now
     from skillsd_jax.models import huggingface
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from skillsd_jax import artifacts
+from skillsd_jax import artifacts, cluster
 from skillsd_jax.validation import Stopped
 
 LIMIT = 3  # iterations in a row
@@ -50,9 +50,10 @@ class Watch:
         if self.row < LIMIT:
             return
         path = self._workdir / f"not-finite-{iteration:06d}.npz"
-        file = io.BytesIO()
-        np.savez(file, **_arrays(batch, ""))
-        artifacts.write_atomic(path, file.getvalue())
+        if cluster.first():
+            file = io.BytesIO()
+            np.savez(file, **_arrays(batch, ""))
+            artifacts.write_atomic(path, file.getvalue())
         raise Stopped(
             f"stopped: loss or gradient was not finite in iterations {iteration - 1} to "
             f"{iteration + 1}, and those updates were skipped; the last batch lies in "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from skillsd_jax import validation
+from skillsd_jax import runfolder
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 TASK = flags.DEFINE_integer("task", 0, "index of a training task", lower_bound=0)
@@ -23,7 +23,7 @@ def main(_) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax warns of reading only
     workdir = Path(WORKDIR.value)
     try:
-        config = validation.read_config(workdir)
+        config = runfolder.read_config(workdir)
         from rich.console import Console
 
         from skillsd_jax import inspection  # jax takes seconds: only now

@@ -24,10 +24,15 @@ class SamplerState:
     """Args:
     cache: what each row has read.
     logits: of each row's next token; zeros in a row that has read nothing.
+    spare: where the rows that decoding shrinks to are kept meanwhile, a cache for each
+      entry of Decoding.shrink, or (): XLA takes that memory anew at every call. Only a
+      program that is given the state to keep (donation) gains: a turn of 32 rows over
+      1,437 slots spends 0.2 of 1.5 s of a core on faulting pages in.
     """
 
     cache: KVCache
     logits: Float[Array, "B V"]
+    spare: tuple[KVCache, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -193,7 +198,7 @@ def generate(
     limit = jnp.full(rows, how.max_new) if ask.limit is None else ask.limit
     limit = jnp.minimum(limit, how.max_new)
     begun = _Speech(
-        state=state,
+        state=dataclasses.replace(state, spare=()),
         live=ask.live & (limit > 0),
         at=jnp.zeros(rows, jnp.int32) if ask.begin is None else ask.begin,
         reply=Reply(
@@ -204,8 +209,9 @@ def generate(
     )
     speech = _append(rules, 0, begun, ask.keys, limit)
     sizes = tuple(size for size in how.shrink if size < rows)
-    speech = _decode(rules, jnp.int32(1), speech, (ask.keys, limit), sizes)
-    return speech.state, sharding.replicated(speech.reply)
+    speech, few = _decode(rules, jnp.int32(1), speech, (ask.keys, limit), sizes)
+    state = dataclasses.replace(speech.state, spare=few if state.spare else ())
+    return state, sharding.replicated(speech.reply)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +227,13 @@ class _Rules:
 
 def _decode(
     rules: _Rules, i, speech: _Speech, drawn_by: tuple[Array, Array], sizes
-) -> _Speech:
-    """Goes on until at most sizes[0] rows are live, then with those alone."""
+) -> tuple[_Speech, tuple[KVCache, ...]]:
+    """Goes on until at most sizes[0] rows are live, then with those alone.
+
+    Returns:
+      What was said, and the caches of the fewer rows: whoever returns them has them lie
+      in the memory of SamplerState.spare.
+    """
     fewest = sizes[0] if sizes else 0
 
     def unfinished(carry):
@@ -239,12 +250,13 @@ def _decode(
 
     i, speech = jax.lax.while_loop(unfinished, step, (i, speech))
     if not sizes:
-        return speech
+        return speech, ()
     rows = speech.live.shape[0]
     index = jnp.nonzero(speech.live, size=fewest, fill_value=rows)[0]
     few, drawn_by = jax.tree.map(lambda x: x[index], (speech, drawn_by))
     few = dataclasses.replace(few, live=few.live & (index < rows))
-    return _merge(speech, index, _decode(rules, i, few, drawn_by, sizes[1:]))
+    few, fewer = _decode(rules, i, few, drawn_by, sizes[1:])
+    return _merge(speech, index, few), (few.state.cache, *fewer)
 
 
 def _merge(speech: _Speech, index: Int[Array, "C"], few: _Speech) -> _Speech:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from skillsd_jax import agent, checkpoint, learner, rollout, validation
+from skillsd_jax import agent, checkpoint, cluster, learner, rollout, validation
 from skillsd_jax import config as settings
 from skillsd_jax.skills import bank as skill_bank
 
@@ -93,7 +93,8 @@ class Savepoints:
             "origin": self._origin,
         }
         self._checkpoints.save(done, self._moving(standing.state), host, score)
-        standing.bank.save(self._workdir / "skills.jsonl")
+        if cluster.first():
+            standing.bank.save(self._workdir / "skills.jsonl")
 
     def restore(self, state: learner.LearnerState) -> tuple[int, Standing] | None:
         """The last savepoint, as (iterations done, standing); None: there is none.

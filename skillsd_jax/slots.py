@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from skillsd_jax import sampler, tokens
-from skillsd_jax.models import qwen
+from skillsd_jax.models import kv_cache, qwen
 from skillsd_jax.models.automaton import Automaton
+from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.sampler import Decoding, Reply
 
 SHORTEST, LONGEST = 16, 256  # tokens of a piece
@@ -141,6 +142,7 @@ class Slots:
     def __init__(self, voice: Voice, room: Room):
         self.voice, self.room = voice, room
         self.state = _started(voice.model, room.rows, room.slots[0])
+        self.spare = self._spare()
         self.known = [np.zeros(0, np.int32)] * room.rows
         self.read = 0  # tokens read, padding not counted
 
@@ -169,22 +171,36 @@ class Slots:
         for ask in asks:
             episode[ask.slot], turn[ask.slot] = ask.episode, ask.turn
             limit[ask.slot], begin[ask.slot] = ask.limit, ask.begin
-        self.state, reply = _speak(
+        reply = self._speak((episode, turn, limit, begin))
+        return Heard(self, asks, reply, [ask.slot for ask in asks])
+
+    def _speak(self, asked) -> Reply:
+        self.state, self.spare, reply = _speak(
             self.voice.model,
             self.voice.how,
             self.voice.params,
             self.state,
-            (self.voice.key, episode, turn, limit, begin),
+            self.spare,
+            (self.voice.key, *asked),
             np.float32(self.voice.temperature),
             self.voice.guide,
         )
-        return Heard(self, asks, reply, [ask.slot for ask in asks])
+        return reply
+
+    def _spare(self) -> tuple[KVCache, ...]:
+        """Where decoding keeps fewer rows; only a CPU takes memory slowly."""
+        if not self.state.cache.turned:
+            return ()
+        slots = self.state.cache.slots
+        sizes = [n for n in self.voice.how.shrink if n < self.room.rows]
+        return tuple(kv_cache.empty(self.voice.model, n, slots) for n in sizes)
 
     def _grow(self, longest: int) -> None:
         """Makes room, size after size: a leap would be a shape of its own."""
         for slots in self.room.slots:
             if self.state.cache.slots < slots and self.state.cache.slots < longest:
-                self.state = _grown(self.state, slots)
+                self.state, self.spare = _grown(self.state, slots), ()
+        self.spare = self.spare or self._spare()
 
     def _read(self, asks: Sequence[Ask]) -> None:
         """Reads what is new, in pieces of rows of like length."""
@@ -234,15 +250,7 @@ class Slots:
                 self._piece([], length)
             if not self.room.still:
                 self._copy([(0, 0)])
-            self.state, reply = _speak(
-                self.voice.model,
-                self.voice.how,
-                self.voice.params,
-                self.state,
-                (self.voice.key, nobody - 1, nobody, nobody, nobody),
-                np.float32(self.voice.temperature),
-                self.voice.guide,
-            )
+            reply = self._speak((nobody - 1, nobody, nobody, nobody))
         jax.block_until_ready(reply)
 
 
@@ -345,12 +353,17 @@ def _read(model, params, state, where):
     return sampler.extend(model, params, state, ids, count, row)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _speak(model, how, params, state, asked, temperature, guide):
+# What is spare is not read: without keep_unused it would not be handed over.
+@functools.partial(
+    jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4), keep_unused=True
+)
+def _speak(model, how, params, state, spare, asked, temperature, guide):
     key, episode, turn, limit, begin = asked
     keys, live = row_keys(key, episode, turn)
     ask = sampler.Ask(keys, live, limit, begin)
-    return sampler.generate(model, params, state, ask, temperature, how, guide)
+    state = dataclasses.replace(state, spare=spare)
+    state, reply = sampler.generate(model, params, state, ask, temperature, how, guide)
+    return dataclasses.replace(state, spare=()), state.spare, reply
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

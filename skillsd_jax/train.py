@@ -20,7 +20,6 @@ from skillsd_jax import (
     guard,
     imitate,
     learner,
-    machine,
     metrics,
     optimizers,
     packing,
@@ -29,13 +28,13 @@ from skillsd_jax import (
     preemption,
     preflight,
     rollout,
+    runfolder,
     savepoint,
     sharding,
     showing,
     summaries,
     timing,
     tokens,
-    validation,
 )
 from skillsd_jax import config as settings
 from skillsd_jax.keys import key_for
@@ -54,14 +53,13 @@ def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
       What summary.json holds.
 
     Raises:
-      validation.Refused: the run cannot work; nothing has been changed.
-      validation.Stopped: it ended midway; the same call goes on.
+      Refused: the run cannot work; nothing has been changed.
+      Stopped: it ended midway; the same call goes on.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(cluster.job(job))
         preflight.check(config)
         timing.keep_compiled(artifacts.cache_folder(config.cache) / "compiled")
-        machine.keep_freed_memory()
         _claim(stack, workdir, config)
         stack.enter_context(savepoint.ending(Path(workdir)))
         stack.enter_context(sharding.over(config.mesh))
@@ -76,16 +74,7 @@ def _claim(stack: contextlib.ExitStack, workdir: str, config: settings.Config) -
     cluster.check_same("the commit", metrics.commit() or "")
     cluster.check_same("a setting", artifacts.content_hash(settings.to_dict(config)))
 
-    def claimed() -> str:
-        try:
-            stack.enter_context(validation.claimed(workdir, config))
-        except validation.Refused as refusal:
-            return str(refusal)
-        artifacts.sweep(Path(workdir))
-        return ""
-
-    if fault := cluster.told(claimed):
-        raise validation.Refused(fault)
+    cluster.told(lambda: stack.enter_context(runfolder.claimed(workdir, config)))
 
 
 class Run:
@@ -207,9 +196,10 @@ class Run:
         self.progress.iteration(iteration, record)
         self.savepoints.check()
         due = done % self.config.checkpoint_every == 0
-        if due or done == self.config.iterations or notice.given:
+        called = any(cluster.gather(notice.given))
+        if due or done == self.config.iterations or called:
             self._save(done, record.get("evaluation", {}).get("success"))
-        if notice.given:
+        if called:
             self.savepoints.wait()
             notice.stop(done, self.progress.say)
 
@@ -248,7 +238,9 @@ class Run:
             "skills": {
                 **self.bank.counts,
                 **made.counts,
-                "used": _mean(hinted if self.recipe.student_skill else taught),
+                "used": experience.mean(
+                    hinted if self.recipe.student_skill else taught
+                ),
                 "cut": views.cut,
                 "dropped": views.dropped,
                 **experience.unseen(played, practiced.hints),
@@ -341,10 +333,8 @@ class Run:
         """Writes some episodes as text, one JSON object a line."""
         if not cluster.first():
             return
-        chosen = list(zip(played.trajectories, shown))[
-            : self.config.sample_trajectories
-        ]
-        lines = [experience.line(episode, skills) for episode, skills in chosen]
+        many = self.config.sample_trajectories
+        lines = map(experience.line, played.trajectories[:many], shown)
         path = self.workdir / "trajectories" / f"{iteration:06d}.jsonl"
         artifacts.write_atomic(path, "".join(lines))
 
@@ -385,7 +375,6 @@ class Run:
             after = self._standing("after")
         with self.clock("teacher"):
             after |= self._teacher("after")
-        self.bank.save(self.workdir / "skills.jsonl")
         summary = {
             "config": settings.to_dict(self.config),
             "seed": self.config.seed,
@@ -402,11 +391,9 @@ class Run:
             "versions": metrics.versions(),
             "commit": self.commit,
         }
-        metrics.write_summary(self.workdir / "summary.json", summary)
+        if cluster.first():
+            self.bank.save(self.workdir / "skills.jsonl")
+            metrics.write_summary(self.workdir / "summary.json", summary)
         self.progress.say(metrics.table(summary))
         self.progress.say(f"everything lies in {self.workdir}")
         return summary
-
-
-def _mean(values) -> float:
-    return float(np.mean(values)) if len(values) else 0.0

@@ -1,22 +1,17 @@
 """Refusing what cannot work before anything starts."""
 
-import contextlib
-import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from skillsd_jax.artifacts import write_atomic
 from skillsd_jax.config import (
     Config,
     Model,
     Optimizer,
     Rollout,
     Skills,
-    difference,
     flatten,
-    from_dict,
     to_dict,
 )
 
@@ -329,71 +324,3 @@ def _check_lengths(config: Config) -> None:
             f"environment.sokoban.size={size} has no room for {boxes} boxes and the "
             f"player; make it larger"
         )
-
-
-def claim_workdir(workdir: str, config: Config) -> bool:
-    """Makes the folder a run's own by writing config.json into it.
-
-    Returns:
-      Whether a run with the same settings was there before, to go on from.
-
-    Raises:
-      Refused: it belongs to a run with other settings, or cannot be written.
-    """
-    path = Path(workdir) / "config.json"
-    try:
-        before = _completed(json.loads(path.read_text())) if path.exists() else None
-        changed = difference(before or {}, to_dict(config))
-        # A run may go on over other devices: they change nothing but rounding.
-        changed = {k: v for k, v in changed.items() if not k.startswith("mesh.")}
-        if before is None or not changed:
-            # Also where it is there already: the folder may have become read-only.
-            write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
-            return before is not None
-    except OSError as error:
-        raise Refused(
-            f"workdir {workdir!r} cannot be used: {error.strerror}; "
-            f"pass --workdir=FOLDER that can be written"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise Refused(f"{path} is damaged; pass another --workdir") from error
-    rows = [f"  {name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items()]
-    raise Refused(
-        f"workdir {workdir!r} belongs to a run with other settings; pass another "
-        f"--workdir or the same settings\n" + "\n".join(rows)
-    )
-
-
-@contextlib.contextmanager
-def claimed(workdir: str, config: Config) -> Iterator[None]:
-    """`claim_workdir`, taken back where a run of a new folder is refused after all."""
-    known = claim_workdir(workdir, config)
-    try:
-        yield
-    except Refused:
-        if not known:
-            (Path(workdir) / "config.json").unlink()
-        raise
-
-
-def _completed(before: dict) -> dict:
-    """Settings of an earlier version: what it did not have is at its default."""
-    try:
-        return to_dict(from_dict(before))
-    except (ValueError, AttributeError, TypeError):
-        return before  # has what we do not know; shown as a difference
-
-
-def read_config(workdir: Path) -> Config:
-    """The settings of a run.
-
-    Raises:
-      Refused: the folder is none of a run.
-    """
-    path = workdir / "config.json"
-    try:
-        return from_dict(json.loads(path.read_text()))
-    except OSError as fault:
-        raise Refused(f"{workdir} is no run: no config.json in it") from fault
-    except (ValueError, AttributeError, TypeError) as fault:
-        raise Refused(f"{path} is damaged or of another version: {fault}") from fault

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from skillsd_jax import agent, checkpoint, export, presets, train, validation
+from skillsd_jax import agent, checkpoint, export, presets, runfolder, train
 from skillsd_jax import config as settings
 from skillsd_jax.models import huggingface, lora, qwen, tokenizer
 from skillsd_jax.validation import Refused
@@ -120,7 +120,7 @@ def test_adapters_are_merged_into_their_own_base_alone(run, tmp_path, monkeypatc
     """One weight of a warm start that is made again differs: refused. A whole student
     needs no base."""
     work, _ = run
-    adapters = validation.read_config(work).model.lora_rank
+    adapters = runfolder.read_config(work).model.lora_rank
     made = agent._embedded
 
     def other(*arguments):

@@ -423,8 +423,9 @@ def test_of_two_minibatches_the_one_that_is_finite_counts(params):
     made = learner.Learner(MODEL, config, updates=10)
     order = np.arange(ROWS)
     arranged = tokens.arrange(batch(), order, config.optimizer)
-    half = dataclasses.replace(arranged, old=arranged.old.copy())
-    half.old[1] = np.nan
+    rows = dataclasses.replace(arranged.rows, old=arranged.rows.old.copy())
+    rows.old[1] = np.nan
+    half = dataclasses.replace(arranged, rows=rows)
     first = jax.tree.map(lambda x: x[:1], arranged)
     state, sums = made.update(made.init(jax.tree.map(jnp.copy, params)), half)
     assert learner.means(sums)["skipped_updates"] == 1

@@ -1,8 +1,8 @@
 """A run that is killed ends as one that is not: files, figures and weights, bit by bit.
 
 The fast test kills a tiny run inside a save. The slow ones kill the smoke configs at
-random moments; with `-s` they report each: python -m pytest -s -m slow
-tests/resume_test.py
+random moments, twice each; ten times, and with a report of each kill:
+SKILLSD_TEST_KILLS=10 python -m pytest -s -m slow tests/resume_test.py
 """
 
 import json
@@ -45,6 +45,7 @@ def told(shown, bank, iteration):
     return reuse(shown, bank, iteration)
 train.experience.reuse = told
 """
+KILLS = int(os.environ.get("SKILLSD_TEST_KILLS", "2"))
 SECONDS = 1800.0  # no single run takes longer
 
 
@@ -189,7 +190,7 @@ def test_the_comparison_sees_one_bit(uninterrupted, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("maker", ["template", "policy"])
 @pytest.mark.parametrize("name", ["sokoban", "alfworld"])
-def test_ten_kills_at_random_moments_change_nothing(name, maker, tmp_path):
+def test_kills_at_random_moments_change_nothing(name, maker, tmp_path):
     """Seeds are fixed, moments are not: a busy machine shifts them."""
     if name == "alfworld":
         pytest.importorskip("alfworld")
@@ -202,7 +203,7 @@ def test_ten_kills_at_random_moments_change_nothing(name, maker, tmp_path):
     length = time.monotonic() - begun
     assert differences(tmp_path / "whole", tmp_path / "warm") == []
     rng, kills, work = random.Random(f"{name} {maker}"), 0, tmp_path / "killed"
-    while kills < 10:
+    while kills < KILLS:
         process = start(config, work)
         moment = rng.uniform(0.1, 1.0) * length
         try:

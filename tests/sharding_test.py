@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from skillsd_jax import config as settings
-from skillsd_jax import optimizers, preflight, sharding, validation
+from skillsd_jax import optimizers, preflight, runfolder, sharding, validation
 from skillsd_jax.models import lora, qwen, shapes
 
 ROOT = Path(__file__).parent.parent
@@ -342,9 +342,9 @@ def test_a_run_that_cannot_be_divided_is_refused(mesh, change, message, monkeypa
 
 def test_a_run_may_go_on_over_another_mesh(tmp_path):
     config = settings.Config()
-    assert not validation.claim_workdir(str(tmp_path), config)
+    assert not runfolder.claim(str(tmp_path), config)
     config.mesh.fsdp = 4
-    assert validation.claim_workdir(str(tmp_path), config)
+    assert runfolder.claim(str(tmp_path), config)
     config.optimizer.micro_rows = 4
     with pytest.raises(validation.Refused, match="micro_rows"):
-        validation.claim_workdir(str(tmp_path), config)
+        runfolder.claim(str(tmp_path), config)

@@ -176,6 +176,25 @@ def test_nothing_is_compiled_after_the_warm_up():
     assert len(replies) > 200 and compiled.count == 0
 
 
+def test_fewer_rows_decode_in_memory_that_is_kept_between_turns():
+    voice, rng = make(), np.random.default_rng(7)
+
+    def turn():
+        asks = [ask(s, words(rng, 200), s, 0) for s in range(ROWS)]
+        voice.ask(asks).result()
+        arrays = jax.tree.leaves([(x.keys, x.values) for x in voice.spare])
+        return sorted(x.unsafe_buffer_pointer() for x in arrays)
+
+    rows = [x.keys[0].shape[0] for x in voice.spare]
+    assert rows == list(voice.room.shrink) and len(rows) > 1
+    assert turn() == turn()
+    voice.ask([ask(0, words(rng, 500, 400), 0, 1)]).result()  # the cache has grown
+    slots_held = {x.slots for x in voice.spare}
+    assert slots_held == {voice.state.cache.slots} and min(slots_held) > 256
+    assert turn() == turn()
+    assert make(window=255).spare == ()
+
+
 def test_a_context_that_leaves_no_room_is_refused():
     voice = make(window=64)
     with pytest.raises(ValueError, match="takes 65 tokens, the window is 64"):

@@ -19,6 +19,7 @@ from skillsd_jax import (
     metrics,
     packing,
     practice,
+    runfolder,
     train,
     validation,
 )
@@ -113,7 +114,7 @@ def test_two_runs_with_one_seed_give_identical_metrics(finished):
 
 def test_both_views_of_an_episode_stand_side_by_side(finished):
     work = finished[0] / "work"
-    config = validation.read_config(work)
+    config = runfolder.read_config(work)
     student = inspection.restore(config, work, None, lambda line: None)
     assert student.iteration == 4
     seen = inspection.inspect(student, config, seed=0)

@@ -1,7 +1,3 @@
-import json
-import os
-import re
-
 import pytest
 
 from skillsd_jax import config, validation
@@ -112,80 +108,11 @@ def test_a_published_preset_takes_a_hugging_face_folder(tmp_path):
     validation.validate(settings)
 
 
-def test_a_workdir_is_claimed_once_and_taken_up_again(tmp_path):
-    folder = str(tmp_path / "a" / "run")
-    assert validation.claim_workdir(folder, config.Config()) is False
-    assert validation.claim_workdir(folder, config.Config()) is True
-
-
-@pytest.mark.parametrize("fault", [validation.Refused, KeyboardInterrupt])
-def test_a_new_workdir_is_given_back_by_a_refusal_alone(fault, tmp_path):
-    for folder, known in ((tmp_path / "new", False), (tmp_path / "old", True)):
-        if known:
-            validation.claim_workdir(str(folder), config.Config())
-        with pytest.raises(fault), validation.claimed(str(folder), config.Config()):
-            assert (folder / "config.json").exists()
-            raise fault("no")
-        given_back = fault is validation.Refused and not known
-        assert (folder / "config.json").exists() != given_back
-
-
-def test_a_workdir_of_other_settings_is_refused_with_the_difference(tmp_path):
-    validation.claim_workdir(str(tmp_path), config.Config())
-    before = (tmp_path / "config.json").read_text()
-    other = changed("objective.sdl_lambda", 0.5)
-    held = config.Objective().sdl_lambda
-    message = re.escape(f"objective.sdl_lambda: {held} there, 0.5 now")
-    with pytest.raises(validation.Refused, match=message):
-        validation.claim_workdir(str(tmp_path), other)
-    assert (tmp_path / "config.json").read_text() == before
-
-
-def test_a_workdir_of_an_earlier_version_has_its_new_settings_at_their_defaults(
-    tmp_path,
-):
-    validation.claim_workdir(str(tmp_path), config.Config())
-    path = tmp_path / "config.json"
-    earlier = json.loads(path.read_text())
-    del earlier["skills"]["maker"], earlier["rollout"]["hinted_groups"]
-    path.write_text(json.dumps(earlier))
-    assert validation.claim_workdir(str(tmp_path), config.Config())
-    with pytest.raises(validation.Refused, match="skills.maker: 'template' there"):
-        validation.claim_workdir(str(tmp_path), changed("skills.maker", "policy"))
-
-
 def test_hinted_groups_do_not_go_with_several_draws():
     config = changed("rollout.hinted_groups", 2)
     config.rollout.draws = 2
     with pytest.raises(validation.Refused, match="rollout.draws=2 keeps some"):
         validation.validate(config)
-
-
-def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(validation.Refused, match="cannot be used: Not a directory"):
-        validation.claim_workdir(str(tmp_path / "file" / "run"), config.Config())
-
-
-def test_a_workdir_without_permission_is_refused(tmp_path, monkeypatch):
-    # The file mode does not bind a superuser, so the system's answer is played.
-    def denied(*_, **__):
-        raise PermissionError(13, os.strerror(13))
-
-    monkeypatch.setattr(validation, "write_atomic", denied)
-    with pytest.raises(validation.Refused, match="Permission denied; pass --workdir"):
-        validation.claim_workdir(str(tmp_path), config.Config())
-
-
-def test_a_run_whose_folder_became_read_only_is_refused(tmp_path, monkeypatch):
-    validation.claim_workdir(str(tmp_path), config.Config())
-
-    def denied(*_, **__):
-        raise OSError(30, os.strerror(30))
-
-    monkeypatch.setattr(validation, "write_atomic", denied)
-    with pytest.raises(validation.Refused, match="Read-only file system; pass"):
-        validation.claim_workdir(str(tmp_path), config.Config())
 
 
 @pytest.mark.parametrize("every, kept", [(10, 1), (0, 1), (7, 2), (20, 1)])
@@ -197,9 +124,3 @@ def test_the_best_of_what_is_never_evaluated_is_refused(every, kept):
         validation.validate(settings)
     settings.evaluate.every = 4
     validation.validate(settings)
-
-
-def test_a_damaged_config_file_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(validation.Refused, match="damaged"):
-        validation.claim_workdir(str(tmp_path), config.Config())
