@@ -264,7 +264,8 @@ def _embedded(
             return artifacts.cached(folder, f"warm-{key}", make, _load, _save)
 
     made, model, params, record = cluster.told(found)
-    return made, model, jax.tree.map(jax.numpy.asarray, sharding.put(params)), record
+    params = jax.tree.map(jax.numpy.asarray, sharding.put(params))
+    return made, _computed(model, config.model), params, record
 
 
 def _sources(package: Path) -> list[Path]:
@@ -396,5 +397,5 @@ def _load(folder: Path):
     text = json.loads((folder / "agent.json").read_text())
     with np.load(folder / "params.npz") as flat:
         params = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
-    words = tokenizer.load(folder / "tokenizer")
-    return words, qwen.ModelConfig(**text["model"]), params, text["record"]
+    model = qwen.ModelConfig(**text["model"])
+    return tokenizer.load(folder / "tokenizer"), model, params, text["record"]

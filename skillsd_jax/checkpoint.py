@@ -212,7 +212,7 @@ class Checkpointer:
             for step in (steps if self._best else ())
         }
         ranked = sorted((s, n) for n, s in scores.items() if isinstance(s, float | int))
-        best = [step for _, step in ranked[len(ranked) - self._best :]]
+        best = [step for _, step in ranked[max(0, len(ranked) - self._best) :]]
         for step in set(steps[: -self._keep]) - set(best):
             # Named as unfinished first: what a crash leaves of it is no checkpoint.
             gone = self._directory / f"{_PART}gone-{step}"

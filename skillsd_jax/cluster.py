@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -34,8 +35,8 @@ STATUS = re.compile(
 def job(text: str) -> Iterator[None]:
     """Joins a job, before anything of JAX is used.
 
-    When another process is lost, this one says so and ends at once: JAX itself would
-    wait for the lost one first.
+    When another process is lost, or something goes wrong in this one, it says so and ends
+    at once: JAX itself would wait for the others first.
 
     Args:
       text: HOST:PORT,PROCESSES,INDEX, where HOST:PORT is the first process's, INDEX this
@@ -47,19 +48,34 @@ def job(text: str) -> Iterator[None]:
     """
     if text:
         _initialize(*((None, None, None) if text == "auto" else _parsed(text)))
-    try:
+    with contextlib.ExitStack() as stack:
+        if text:
+            stack.push(_ended)
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as fault:
-        if count() == 1 or not STATUS.match(str(fault)):
-            raise
-        reason = str(fault).split("\n")[0]
-        print(
-            f"process {index()} of {count()} stops: {reason}\nIf another process was "
-            "lost, start the job again: it goes on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(LOST)
+
+
+def _ended(kind: type[BaseException] | None, fault: BaseException | None, *_) -> None:
+    """Ends this process at once where it cannot go on, for the others to notice.
+
+    SystemExit ends all of them, and each waits for the others.
+    """
+    if kind is None or not issubclass(kind, Exception):
+        return
+    faults = jax.errors.JaxRuntimeError, ValueError
+    lost = issubclass(kind, faults) and STATUS.match(str(fault))
+    if not lost and kind is not Refused:
+        traceback.print_exception(fault)
+    said = str(fault).split("\n")[0] if lost else f"{kind.__name__}: {fault}"
+    again = (
+        "\nIf another process was lost, start the job again: it goes on from the last "
+        "checkpoint."
+    )
+    print(
+        f"process {index()} of {count()} stops: {said}{again if lost else ''}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST if lost else 1)
 
 
 def _parsed(text: str) -> tuple[str, int, int]:

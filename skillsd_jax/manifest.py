@@ -1,5 +1,6 @@
 """What a finished folder held, to tell later whether it still does."""
 
+import errno
 import json
 import zlib
 from pathlib import Path
@@ -28,7 +29,7 @@ def write(folder: Path, about: dict[str, Any]) -> None:
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """What `write` was told; nothing where no manifest can be read."""
+    """What `write` was told; nothing where there is no manifest, or a damaged one."""
     try:
         return _read(folder)["about"]
     except ValueError:
@@ -39,6 +40,9 @@ def fault(folder: Path) -> str:
     """What is wrong with the files of a folder; '' if they are as they were.
 
     A file that was added later is no fault.
+
+    Raises:
+      OSError: they cannot be read, which says nothing about them.
     """
     try:
         files = _read(folder)["files"]
@@ -50,7 +54,11 @@ def fault(folder: Path) -> str:
                 return f"{name} has {path.stat().st_size} bytes instead of {size}"
             if _checksum(path) != checksum:
                 return f"{name} holds other bytes than were written"
-    except (OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
+        return str(error)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise  # cannot be told: it may be whole
         return str(error)
     return ""
 
@@ -63,8 +71,10 @@ def _read(folder: Path) -> dict[str, dict]:
         if not whole or not all(isinstance(part, dict) for part in found.values()):
             raise ValueError("wrong fields")
     except FileNotFoundError as error:
-        raise ValueError(f"{NAME} is missing") from error
-    except (AttributeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{NAME} is missing: damaged, or saved by an earlier version"
+        ) from error
+    except (AttributeError, ValueError) as error:
         raise ValueError(f"{NAME} cannot be read ({error})") from error
     return found
 

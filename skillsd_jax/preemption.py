@@ -13,8 +13,9 @@ STATUS = 128 + signal.SIGTERM  # what a shell says of a program that SIGTERM end
 class Notice:
     """Hears SIGTERM inside its `with` block.
 
-    The first one is remembered; a second ends the process at once. Signals come to the
-    main thread alone: in another, nothing is heard and SIGTERM does what it did before.
+    The first one is remembered; a second ends the process, but not before Python has a
+    turn, which a long computation does not give it. Signals come to the main thread
+    alone: in another, nothing is heard and SIGTERM does what it did before.
 
     Attributes:
       given: whether one came.

@@ -103,8 +103,8 @@ class Savepoints:
           state: at the start of a run.
 
         Raises:
-          validation.Refused: every one is damaged, or it counts on other files than
-            this run has.
+          validation.Refused: every one is damaged, or none can be read, or it counts on
+            other files than this run has.
         """
         try:
             found = self._checkpoints.newest()
@@ -113,7 +113,7 @@ class Savepoints:
             done, host = found
             agent.check_origin(host["origin"], self._origin)
             moving = self._checkpoints.restore(done, self._moving(state))
-        except ValueError as fault:
+        except (OSError, ValueError) as fault:
             raise validation.Refused(f"{self._workdir}: {fault}") from fault
         self._say(f"resumed after iteration {done}")
         fixed = {name: getattr(state, name) for name in self._fixed}
@@ -137,9 +137,14 @@ class Savepoints:
         """Returns when the last savepoint is whole on disk, or raises as `check` does."""
         self._checkpoints.wait()
 
-    def close(self) -> None:
-        """Waits likewise; may be called twice."""
-        self._checkpoints.close()
+    def end(self, kind: type[BaseException] | None, *_) -> None:
+        """Waits likewise, as the exit of a context: what ended the run is not hidden."""
+        try:
+            self._checkpoints.close()
+        except checkpoint.Unsaved as fault:
+            if kind is None:
+                raise
+            self._say(str(fault))
 
     def _moving(self, state: learner.LearnerState) -> learner.LearnerState:
         return dataclasses.replace(state, **dict.fromkeys(self._fixed))
@@ -160,6 +165,6 @@ def ending(workdir: Path) -> Iterator[None]:
         if fault.errno not in checkpoint.FULL:
             raise
         raise validation.Stopped(
-            f"stopped: no space left for {fault.filename or workdir}; make room and rerun "
-            "the same command"
+            f"stopped: no space left for {fault.filename or f'{workdir} or the cache'}; "
+            "make room and rerun the same command"
         ) from fault

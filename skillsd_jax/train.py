@@ -161,7 +161,7 @@ class Run:
         self.savepoints = savepoint.Savepoints(
             self.workdir, self.config, *parts, self.progress.say
         )
-        stack.callback(self.savepoints.close)
+        stack.push(self.savepoints.end)
 
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
@@ -180,12 +180,13 @@ class Run:
                 self.host |= self._teacher("before")
             self.clock.lap()
         writers = self.config.writers if cluster.first() else None
-        self.writer = metrics.open_writer(writers, self.workdir, start)
-        with preemption.Notice() as notice:
+        writer = metrics.open_writer(writers, self.workdir, start)
+        with contextlib.closing(writer) as self.writer, preemption.Notice() as notice:
             for iteration in range(start, self.config.iterations):
                 self._go_on(iteration, notice)
-        self.writer.close()
-        self.savepoints.wait()
+            self.savepoints.wait()
+            if any(cluster.gather(notice.given)):
+                notice.stop(self.config.iterations, self.progress.say)
         self.compilations.close()
         return self._after()
 

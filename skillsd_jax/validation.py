@@ -271,13 +271,18 @@ def _check_lag(skills: Skills) -> None:
 def _check_best(config: Config) -> None:
     """The best are told by evaluations, and the last iteration has none of its own."""
     meet = math.lcm(config.checkpoint_every, config.evaluate.every)
+    rare = config.checkpoint_every >= config.iterations
+    mend = (
+        "both to less than iterations"
+        if rare
+        else (f"evaluate.every to {config.checkpoint_every}")
+    )
     if config.keep_best and not 0 < meet < config.iterations:
         raise Refused(
             f"keep_best={config.keep_best} keeps checkpoints of iterations that were "
             f"evaluated, and with checkpoint_every={config.checkpoint_every}, "
             f"evaluate.every={config.evaluate.every} and iterations="
-            f"{config.iterations} there are none; set evaluate.every to "
-            f"{config.checkpoint_every}, or keep_best to 0"
+            f"{config.iterations} there are none; set {mend}, or keep_best to 0"
         )
 
 

@@ -85,7 +85,7 @@ for name, sizes in meshes.items():
         made, state = start()
         if name == "all":  # goes on with what another mesh has saved
             saved = checkpoint.Checkpointer(folder, keep=1)
-            step, found, _ = saved.restore(state)
+            found = saved.restore(saved.newest()[0], state)
             saved.close()
             same = jax.tree.map(lambda a, b: a.sharding == b.sharding, found, state)
             found, resumed = learn(made, found, (3, 4))

@@ -30,7 +30,9 @@ GRACE_S = 1.0  # for closing engines when the parent is gone
 
 
 def main(descriptor: int) -> None:
+    # Both may be sent to every process of a run, which ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     line = socket.socket(fileno=descriptor)
     line.set_inheritable(False)  # a program that an engine starts must not hold it
     threading.Thread(target=_end_with_parent, args=[line], daemon=True).start()
