@@ -25,6 +25,7 @@ from skillsd_jax.validation import Refused
 T = TypeVar("T")
 HEARTBEAT_S = 20  # after which a silent process counts as lost
 LOST = 75  # exit status: try again
+SHORTEST = 1 << 16  # bytes that are sent at least
 # How the runtime begins what it says of a lost connection.
 STATUS = re.compile(
     "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED):"
@@ -171,10 +172,15 @@ def check_same(what: str, value: str | int) -> None:
 
 
 def _exchanged(mine: bytes) -> list[bytes]:
-    """Every process's bytes. All send as many as the longest message has."""
+    """Every process's bytes.
+
+    All send as many as the longest message has, up to a power of two: every length is a
+    program to compile.
+    """
     sizes = multihost_utils.process_allgather(np.array([len(mine)], np.int32))
     sizes = np.reshape(sizes, -1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    most = max(SHORTEST, 1 << int(sizes.max() - 1).bit_length())
+    padded = np.zeros(most, np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
     everything = multihost_utils.process_allgather(padded)
     rows = np.reshape(everything, (count(), -1))

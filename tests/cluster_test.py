@@ -1,15 +1,19 @@
 """Processes of one job on this machine, joined over gloo."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from skillsd_jax import cluster
+from skillsd_jax import cluster, metrics
 from skillsd_jax.validation import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -48,22 +52,47 @@ with cluster.job(sys.argv[1]):
 """
 
 
-def together(program: str) -> list[subprocess.Popen]:
-    """Two processes of a job."""
+FAILS = """
+import sys
+from skillsd_jax import cluster
+from skillsd_jax.validation import Refused
+
+with cluster.job(sys.argv[2]):
+    cluster.gather(0)
+    if cluster.index() == 1:
+        raise {"KeyError": KeyError, "Refused": Refused}[sys.argv[1]]("a reason")
+    while True:
+        cluster.gather(0)
+"""
+
+
+def start(
+    program: str, arguments: Sequence[str], devices: int = 1
+) -> subprocess.Popen[str]:
+    flags = os.environ.get("XLA_FLAGS", "")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def together(
+    program: str, arguments: Sequence[str] = (), devices: int = 1
+) -> list[subprocess.Popen[str]]:
+    """Two processes of a job, which is the last argument of each."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program, f"localhost:{port},2,{index}"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    jobs = (f"localhost:{port},2,{index}" for index in range(2))
+    return [start(program, [*arguments, job], devices) for job in jobs]
 
 
 def test_processes_share_work_and_tell_each_other():
@@ -85,6 +114,19 @@ def test_who_is_left_alone_says_so_and_ends():
     assert time.monotonic() - begun < 60  # the start of both included
 
 
+@pytest.mark.parametrize("fault", ["KeyError", "Refused"])
+def test_what_goes_wrong_in_one_process_ends_the_job(fault):
+    begun = time.monotonic()
+    left, failed = together(FAILS, [fault])
+    _, faults = failed.communicate(timeout=120)
+    assert failed.returncode == 1
+    assert f"process 1 of 2 stops: {fault}: " in faults and "a reason" in faults
+    assert ("Traceback" in faults) == (fault == "KeyError")
+    left.communicate(timeout=120)
+    assert left.returncode == cluster.LOST
+    assert time.monotonic() - begun < 60
+
+
 def test_one_process_needs_no_job():
     with cluster.job(""):
         assert cluster.gather("a") == ["a"]
@@ -97,3 +139,90 @@ def test_one_process_needs_no_job():
 def test_a_job_that_is_none_is_refused(text):
     with pytest.raises(Refused, match="HOST:PORT,PROCESSES,INDEX"), cluster.job(text):
         pass
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+import train_test
+from skillsd_jax import train
+
+folder, name, mesh, job = sys.argv[1:]
+config = train_test.toy(Path(folder))
+config.iterations, config.rollout.rows, config.rollout.prompts = 5, 8, 4
+config.evaluate.every, config.evaluate.greedy = 0, False
+config.checkpoint_every = 1
+config.mesh.data, config.mesh.fsdp, config.mesh.tp = json.loads(mesh)
+train.run(config, f"{folder}/{name}", "" if job == "none" else job)
+"""
+
+
+def train(folder: Path, name: str, mesh: Sequence[int]) -> list[subprocess.Popen]:
+    """A run in two processes with two devices each."""
+    return together(RUN, [str(folder), name, json.dumps(mesh)], devices=2)
+
+
+def finish(processes: Sequence[subprocess.Popen]) -> str:
+    """What the first of them has printed, when all are done."""
+    ends = [process.communicate(timeout=300) for process in processes]
+    for process, (_, faults) in zip(processes, ends):
+        assert process.returncode == 0, faults
+    return ends[0][0]
+
+
+def curves(work: Path) -> dict[str, list[float]]:
+    rows = metrics.read(work / "metrics.jsonl")
+    names = ("loss", "gap_rms", "success", "return", "tokens", "environment_steps")
+    return {name: [row[name] for row in rows] for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run in one process, with one device."""
+    folder = tmp_path_factory.mktemp("job")
+    arguments = [str(folder), "alone", "[1, 1, 1]", "none"]
+    finish([start(RUN, arguments, devices=1)])
+    return folder
+
+
+def whole(folder: Path, mesh: Sequence[int]) -> None:
+    """Trains to the end in FOLDER/MESH, unless that was done before."""
+    if not (folder / str(mesh)).exists():
+        finish(train(folder, str(mesh), mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 2, 1), (1, 2, 2)])
+def test_two_processes_learn_what_one_learns(alone, mesh):
+    whole(alone, mesh)
+    one, two = curves(alone / "alone"), curves(alone / str(mesh))
+    for name, values in one.items():
+        same = np.testing.assert_allclose
+        same(two[name], values, atol=1e-4, rtol=1e-4, err_msg=name)
+    before = [
+        json.loads((alone / name / "summary.json").read_text())["before"]
+        for name in ("alone", str(mesh))
+    ]
+    assert before[0] == before[1]
+    rows = metrics.read(alone / str(mesh) / "metrics.jsonl")
+    assert [row["compilations"] for row in rows[2:]] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_job_and_the_same_job_goes_on(alone):
+    mesh = 2, 2, 1
+    whole(alone, mesh)
+    left, lost = train(alone, "work", mesh)
+    begun = time.monotonic()
+    while not any((alone / "work" / "checkpoints").glob("[1-9]")):
+        assert left.poll() is None and time.monotonic() - begun < 300
+        time.sleep(0.05)
+    os.kill(lost.pid, signal.SIGKILL)
+    begun = time.monotonic()
+    _, faults = left.communicate(timeout=120)
+    assert time.monotonic() - begun < 30
+    assert left.returncode == cluster.LOST, faults
+    assert "start the job again" in faults
+    lost.communicate()
+    assert "resumed after iteration" in finish(train(alone, "work", mesh))
+    assert curves(alone / "work") == curves(alone / str(mesh))
