@@ -127,7 +127,7 @@ def _published() -> Config:
     optimizer.weight_decay = 0.01  # published
     optimizer.grad_clip = 1.0  # published
     optimizer.minibatch_rows = 256  # published
-    optimizer.length_buckets = 8  # ours: 9 % of tokens are padding, not 90
+    optimizer.length_buckets = 8  # ours: see benchmarks/packing.py
     optimizer.micro_tokens = 12_288  # ours: memory; both views of two longest rows
 
     config.imitate.steps = 0  # the model is pretrained

@@ -341,10 +341,8 @@ def _rows(prompter: Prompter, episodes):
         if prompter.fits(skill):
             skilled += imitate.cloned_rows(prompter, followed, skill)
     if not skilled:
-        raise Refused(
-            f"no skill fits prompt.max_skill_length={prompter.config.max_skill_length}; "
-            "raise it"
-        )
+        longest = prompter.config.max_skill_length
+        raise Refused(f"no skill fits prompt.max_skill_length={longest}; raise it")
     return plain, skilled
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from skillsd_jax import agent, checkpoint, cluster, learner, rollout, validation
 from skillsd_jax import config as settings
@@ -137,10 +137,17 @@ class Savepoints:
         """Returns when the last savepoint is whole on disk, or raises as `check` does."""
         self._checkpoints.wait()
 
-    def end(self, kind: type[BaseException] | None, *_) -> None:
-        """Waits likewise, as the exit of a context: what ended the run is not hidden."""
+    def close(self) -> None:
+        """Waits likewise; may be called twice."""
+        self._checkpoints.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        """Closes. What ended the run is not hidden by what cannot be saved any more."""
         try:
-            self._checkpoints.close()
+            self.close()
         except checkpoint.Unsaved as fault:
             if kind is None:
                 raise

@@ -26,13 +26,13 @@ def follow(
         any other stays as it is.
       config: how often, how fast.
       step: iterations done.
-      learned: whether the student's updates counted; where none did, the teacher stays.
+      learned: whether any update counted: an average goes on with those iterations alone.
       teacher: None: there is none of its own.
       student: what was trained.
     """
     if teacher is None or kind not in ("periodic", "ema"):
         return teacher
-    due = learned & (step % config.every == 0)
+    due = step % config.every == 0
 
     def copied(old, new):
         return jnp.where(due, new, old)

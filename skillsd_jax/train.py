@@ -158,10 +158,10 @@ class Run:
         self.past_faults: dict[str, int] = {}  # of earlier parts of the run
         self.watch = guard.Watch(self.workdir)
         parts = self.player, self.state, self.external
-        self.savepoints = savepoint.Savepoints(
+        opened = savepoint.Savepoints(
             self.workdir, self.config, *parts, self.progress.say
         )
-        stack.push(self.savepoints.end)
+        self.savepoints = stack.enter_context(opened)
 
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""

@@ -21,6 +21,7 @@ import pytest
 
 from skillsd_jax import checkpoint, metrics, presets
 from skillsd_jax import config as settings
+from tests.skills.server import serving
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
@@ -108,7 +109,7 @@ def differences(a: Path, b: Path) -> list[str]:
         found += [] if same and done == other else [branch]
         del host["seconds"], other_host["seconds"]
         found += ["host.json"] * (host != other_host)
-    hidden = [path.name for path in b.rglob(".*")]
+    hidden = [path.name for path in b.rglob(".*") if path.name != ".lock"]
     return found + hidden
 
 
@@ -188,7 +189,7 @@ def test_the_comparison_sees_one_bit(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("maker", ["template", "policy"])
+@pytest.mark.parametrize("maker", ["template", "policy", "endpoint"])
 @pytest.mark.parametrize("name", ["sokoban", "alfworld"])
 def test_kills_at_random_moments_change_nothing(name, maker, tmp_path):
     """Seeds are fixed, moments are not: a busy machine shifts them."""
@@ -197,11 +198,20 @@ def test_kills_at_random_moments_change_nothing(name, maker, tmp_path):
     config = presets.load(str(ROOT / "configs" / f"{name}.py")).get_config("smoke")
     config.iterations, config.skills.maker = 4, maker
     config.cache = os.environ.get("SKILLSD_TEST_CACHE", str(tmp_path / "cache"))
-    whole(config, tmp_path / "warm")  # fills the caches: what is timed is a restart
+    with serving("good") as server:  # asked by this run alone: the others replay
+        config.skills.endpoint.model = "m"
+        if maker == "endpoint":
+            config.skills.endpoint.url = server.url
+            config.skills.endpoint.record = str(tmp_path / "answers.jsonl")
+        # Fills the caches: what is timed is a restart.
+        whole(config, tmp_path / "warm")
+    if maker == "endpoint":
+        config.skills.endpoint.replay = config.skills.endpoint.record
+        config.skills.endpoint.record = ""
     begun = time.monotonic()
     whole(config, tmp_path / "whole")
     length = time.monotonic() - begun
-    assert differences(tmp_path / "whole", tmp_path / "warm") == []
+    assert figures(tmp_path / "whole") == figures(tmp_path / "warm")
     rng, kills, work = random.Random(f"{name} {maker}"), 0, tmp_path / "killed"
     while kills < KILLS:
         process = start(config, work)
