@@ -11,7 +11,9 @@ import contextlib
 import os
 import pickle
 import re
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -24,6 +26,8 @@ from skillsd_jax.validation import Refused
 
 T = TypeVar("T")
 HEARTBEAT_S = 20  # after which a silent process counts as lost
+JOIN_S = 300  # in which all processes have to start
+PATIENCE_S = 10  # after which one says that it waits
 LOST = 75  # exit status: try again
 SHORTEST = 1 << 16  # bytes that are sent at least
 # How the runtime begins what it says of a lost connection.
@@ -47,8 +51,10 @@ def job(text: str) -> Iterator[None]:
     Raises:
       Refused: the text says nothing of the kind, or the job cannot be joined.
     """
-    if text:
-        _initialize(*((None, None, None) if text == "auto" else _parsed(text)))
+    if text == "auto":
+        _initialize()
+    elif text:
+        _initialize(*_parsed(text))
     with contextlib.ExitStack() as stack:
         if text:
             stack.push(_ended)
@@ -86,15 +92,41 @@ def _parsed(text: str) -> tuple[str, int, int]:
             f"job={text!r} must be HOST:PORT,PROCESSES,INDEX with INDEX < PROCESSES, such "
             "as localhost:1234,2,0, or auto"
         )
-    return found[1], int(found[2]), int(found[3])
+    address, total, number = found[1], int(found[2]), int(found[3])
+    try:
+        _reach(address, here=number == 0)
+    except OSError as fault:
+        raise Refused(f"job={text!r}: {address} cannot be used: {fault}") from fault
+    return address, total, number
+
+
+def _reach(address: str, here: bool) -> None:
+    """Raises OSError where there is no such host, or its port, if `here`, is taken."""
+    host, port = address.rsplit(":", 1)
+    socket.getaddrinfo(host.strip("[]"), int(port))
+    if here:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(("", int(port)))
 
 
 def _initialize(*who) -> None:
     # It would swallow SIGTERM, which skillsd_jax.preemption hears.
     jax.config.update("jax_enable_preemption_service", False)
+    name = "process {2} of {1} at {0}".format(*who) if who else "this process"
+    # Where it waits in vain the runtime aborts, without a word of what was asked.
+    waits = (
+        f"{name} still waits for the others of the job; it gives up after {JOIN_S} s"
+    )
+    timer = threading.Timer(
+        PATIENCE_S, print, [waits], {"file": sys.stderr, "flush": True}
+    )
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             *who,
+            initialization_timeout=JOIN_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
@@ -103,6 +135,8 @@ def _initialize(*who) -> None:
             f"this process cannot join the job: {fault}; give every process "
             "--job=HOST:PORT,PROCESSES,INDEX with an INDEX of its own"
         ) from fault
+    finally:
+        timer.cancel()
 
 
 def index() -> int:

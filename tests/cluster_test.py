@@ -135,6 +135,19 @@ def test_one_process_needs_no_job():
         assert cluster.told(lambda: 7) == 7
 
 
+def test_where_a_job_cannot_meet_is_said_before_it_waits():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for text, fault in (
+            (f"localhost:{port},2,0", "Address already in use"),
+            ("no-such-host.invalid:1,2,1", "not known|resolution"),
+        ):
+            with pytest.raises(Refused, match=fault), cluster.job(text):
+                pass
+
+
 @pytest.mark.parametrize("text", ["host:1", "host,2,0", "host:1,2,2", "host:1,2,-1"])
 def test_a_job_that_is_none_is_refused(text):
     with pytest.raises(Refused, match="HOST:PORT,PROCESSES,INDEX"), cluster.job(text):

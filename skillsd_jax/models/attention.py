@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float
 from skillsd_jax import sharding
 
 LANES = 128  # splash: head size and length come in multiples of it
-FEW, MANY = 8, 256  # queries and slots that a CPU takes one by one
 
 
 def causal(
@@ -195,34 +194,13 @@ def _mix_turned(
 
 
 def _weights(q, k, bias) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"]]:
-    return _softened(_products(q, k) + bias)
+    score = jnp.einsum("bkme,bkse->bkms", q, k, preferred_element_type=jnp.float32)
+    return _softened(score + bias)
 
 
 def _softened(score):
     weight = jnp.exp(score - jnp.max(score, -1, keepdims=True))
     return weight, jnp.sum(weight, -1, keepdims=True)
-
-
-def _products(q, k) -> Float[Array, "B K M S"]:
-    """q kᵀ; a CPU takes a few queries over many slots one by one.
-
-    As one product XLA's CPU compiler makes a scalar loop of it where it is large: a token
-    of 32 rows over 1,536 slots of 8 layers with 8 key heads of 64 takes 100 ms instead
-    of 337 (two cores).
-    """
-
-    def whole(q, k):
-        return jnp.einsum("bkme,bkse->bkms", q, k, preferred_element_type=jnp.float32)
-
-    def one_by_one(q, k):
-        one = functools.partial(
-            jnp.einsum, "bke,bkse->bks", preferred_element_type=jnp.float32
-        )
-        return jnp.stack([one(q[:, :, m], k) for m in range(q.shape[2])], axis=2)
-
-    if q.shape[2] > FEW or k.shape[2] < MANY:
-        return whole(q, k)
-    return jax.lax.platform_dependent(q, k, cpu=one_by_one, default=whole)
 
 
 def _mix_fwd(q, k, v, bias):
