@@ -89,6 +89,17 @@ reserved() {
   done
 }
 
+# Fills `mesh` with the flag that takes all devices, unless the user has one of his own.
+whole_mesh() {
+  local argument
+  # shellcheck disable=SC2034 # the launchers read it
+  mesh=(--config.mesh.data=0)
+  for argument in "${passed[@]}"; do
+    # shellcheck disable=SC2034
+    [[ $argument != --config.mesh.* ]] || mesh=()
+  done
+}
+
 # The words as one line that bash reads as the same words.
 quoted() {
   local word line=''

@@ -13,7 +13,7 @@
 #   --grace=120          seconds between SIGTERM and SIGKILL
 #   --namespace=NAME     default: kubectl's own
 #   --claim=NAME         a volume claim, ReadWriteMany, mounted at /data
-#   --workdir=DIR        gs://... or below /data
+#   --workdir=DIR        below /data
 #   --python=CMD         interpreter in the image; default python
 #   --dry-run            prints the YAML
 #
@@ -95,8 +95,6 @@ $words
               resources:
                 limits:
                   google.com/tpu: ${option[chips]}
-EOF
-  [[ -z ${option[claim]} ]] || cat <<EOF
               volumeMounts:
               - name: data
                 mountPath: /data
@@ -113,7 +111,8 @@ option=(
   [python]=python
 )
 parse "$@"
-need name image accelerator topology config workdir chips slices restarts grace python
+need name image accelerator topology config claim workdir chips slices restarts grace \
+  python
 count chips slices grace
 match restarts '[0-9]{1,4}' "a whole number"
 # Names of pods get -slice-N-N-xxxxx behind them and must stay within 63 characters.
@@ -124,13 +123,12 @@ match image '[A-Za-z0-9._/:@-]+' "the name of an image"
 for name in accelerator namespace claim; do
   match "$name" '[a-z0-9.-]+' "small letters, digits, hyphens and dots"
 done
-match workdir 'gs://.+|/data/.+' "gs://... or a folder below /data"
-[[ ${option[workdir]} == gs://* || -n ${option[claim]} ]] ||
-  refuse "--workdir=${option[workdir]} needs --claim, which is mounted at /data"
+match workdir '/data/.+' "a folder below /data"
 reserved workdir config job
+whole_mesh
 count_hosts
 words=$(items "${option[python]}" -m skillsd_jax.main "--config=${option[config]}" \
-  "--workdir=${option[workdir]}" --job=auto "${passed[@]}")
+  "--workdir=${option[workdir]}" --job=auto "${mesh[@]}" "${passed[@]}")
 
 if [[ -v option[dry-run] ]]; then
   document

@@ -52,7 +52,7 @@ step() {
   [[ -z ${option[cpus]} ]] || words+=("--cpus-per-task=${option[cpus]}")
   words+=(
     "${option[python]}" -m skillsd_jax.main "--config=${option[config]}"
-    "--workdir=${option[workdir]}" --job=auto "${passed[@]}"
+    "--workdir=${option[workdir]}" --job=auto "${mesh[@]}" "${passed[@]}"
   )
   quoted "${words[@]}"
 }
@@ -73,10 +73,11 @@ script() {
   devices
   cat <<EOF
 
-# Slurm sends USR1 to this shell alone, and only because of the limit: srun passes TERM on
-# to every process, and the job goes back into the queue, where the same command resumes.
+# Slurm sends USR1 to this shell alone, and only because of the limit: every process gets
+# TERM, and the job goes back into the queue, where the same command resumes. (srun itself
+# would kill them at TERM.)
 at_limit() {
-  kill -TERM "\$step" 2>/dev/null || true
+  scancel --signal=TERM "\$SLURM_JOB_ID" || true
   for ((second = 0; second < $patience; second++)); do
     kill -0 "\$step" 2>/dev/null || break
     sleep 1
@@ -120,6 +121,7 @@ match logs '[A-Za-z0-9_./+=@-]+' "a path without blanks and %, which Slurm would
 [[ ${option[workdir]} != *://* ]] || refuse "--workdir must be a folder of all nodes"
 config_file "${option[config]}"
 reserved workdir config job
+whole_mesh
 
 if [[ -v option[dry-run] ]]; then
   script

@@ -6,7 +6,7 @@
 #   launch/tpu_pod.sh logs|status|stop --name=TPU [OPTION ...]
 #
 #   --zone=ZONE  --project=NAME   default: gcloud's own
-#   --workdir=DIR        absolute, on a file system that all workers share, or gs://...
+#   --workdir=DIR        absolute, on a file system that all workers share
 #   --repository=URL  --ref=REF   installs that commit; default: the code that lies here
 #   --extras=alfworld    pip extras of the project
 #   --python=python3.11  interpreter on the workers, 3.11 or later
@@ -53,7 +53,7 @@ start() {
   local extras=${option[extras]:+[${option[extras]}]} main
   main=$(quoted env PYTHONUNBUFFERED=1 nohup .venv/bin/python -m skillsd_jax.main \
     "--config=${option[config]}" "--workdir=${option[workdir]}" --job=auto \
-    "${passed[@]}")
+    "${mesh[@]}" "${passed[@]}")
   on all "mkdir -p $folder/logs && cd $folder && if $alive; then\
  echo 'a run goes on here: stop it first' >&2; exit 1; fi"
   bring_code
@@ -90,7 +90,7 @@ match extras '[a-z,]+' "pip extras with commas between them"
 match follow 'yes|no' "yes or no"
 if [[ $action == start ]]; then
   need config workdir python
-  match workdir '/.*|gs://.+' "an absolute path that all workers share, or gs://..."
+  match workdir '/.*' "an absolute path that all workers share"
   match ref '[^-].*' "a branch, tag or commit"
   match repository '[^-].*' "the address of a repository"
   if [[ -n ${option[ref]}${option[repository]} ]]; then
@@ -101,6 +101,7 @@ if [[ $action == start ]]; then
     config_file "$repository/${option[config]}"
   fi
   reserved workdir config job
+  whole_mesh
 else
   ((!${#passed[@]})) || refuse "$action passes nothing on to main"
 fi

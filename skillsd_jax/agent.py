@@ -263,7 +263,8 @@ def _embedded(
         with sharding.own():
             return artifacts.cached(folder, f"warm-{key}", make, _load, _save)
 
-    made, model, params, record = cluster.told(found)
+    made, model, params, record = cluster.in_turn(found)
+    cluster.check_same({"the warm start": artifacts.content_hash(record)})
     params = jax.tree.map(jax.numpy.asarray, sharding.put(params))
     return made, _computed(model, config.model), params, record
 

@@ -90,6 +90,8 @@ class Checkpointer:
             cluster.told(part.mkdir)
             self._orbax.save(part / "tree", args=ocp.args.StandardSave(tree))
         except (OSError, ValueError, RuntimeError) as fault:
+            if cluster.lost(fault):
+                raise
             raise self._failed(step, size, fault) from fault
         self._saving = self._thread.submit(self._finish, step, size, text, score)
 
@@ -97,22 +99,16 @@ class Checkpointer:
         """Returns when the last save is whole on disk.
 
         Raises:
-          Unsaved: it cannot be written.
+          Unsaved: it cannot be written; in a job, the part of this process, which has to
+            end for the others to notice.
         """
-        if self._saving is None:
-            return
-        try:
-            self._saved()
-            fault = None
-        except Unsaved as found:
-            fault = found
-        for each in cluster.gather(fault):
-            if each is not None:
-                raise each
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def check(self) -> None:
         """Raises Unsaved where a save has failed by now; waits for nothing."""
-        if self._saving is not None and all(cluster.gather(self._saving.done())):
+        if self._saving is not None and self._saving.done():
             self.wait()
 
     def newest(self) -> tuple[int, dict] | None:
@@ -159,17 +155,12 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Waits as `wait` does, for this process's part; may be called twice."""
+        """Waits as `wait` does; may be called twice."""
         try:
-            self._saved()
+            self.wait()
         finally:
             self._thread.shutdown()
             self._orbax.close()
-
-    def _saved(self) -> None:
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
 
     def _cleared(self) -> None:
         """The folder, without what a crash has left unfinished."""
@@ -187,13 +178,19 @@ class Checkpointer:
             manifest.write(part, {"score": score})
             part.rename(self._directory / str(step))
         except (OSError, ValueError, RuntimeError) as fault:
+            if cluster.lost(fault):
+                raise
             raise self._failed(step, size, fault) from fault
         self._prune()
 
     def _failed(self, step: int, size: int, fault: Exception) -> Unsaved:
-        """Clears away what there is of a save, and says what was wrong."""
+        """Clears away what there is of a save, and says what was wrong.
+
+        Other processes may still be writing their parts: then the next start clears.
+        """
         free = shutil.disk_usage(self._directory).free
-        shutil.rmtree(self._directory / f"{_PART}{step}", ignore_errors=True)
+        if cluster.count() == 1:
+            shutil.rmtree(self._directory / f"{_PART}{step}", ignore_errors=True)
         last = max(_steps(self._directory), default=None)
         kept = "there is none before it" if last is None else f"{last} is still whole"
         full = getattr(fault, "errno", None) in FULL or "No space left" in str(fault)

@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -30,9 +30,11 @@ JOIN_S = 300  # in which all processes have to start
 PATIENCE_S = 10  # after which one says that it waits
 LOST = 75  # exit status: try again
 SHORTEST = 1 << 16  # bytes that are sent at least
-# How the runtime begins what it says of a lost connection.
-STATUS = re.compile(
-    "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED):"
+# What the runtime says of a connection that is gone; other faults are this process's own.
+LOST_WORDS = re.compile(
+    "gloo|nccl|coordination|heartbeat|barrier|connection (closed|reset|refused)|"
+    "socket closed|unavailable",
+    re.IGNORECASE,
 )
 
 
@@ -55,34 +57,45 @@ def job(text: str) -> Iterator[None]:
         _initialize()
     elif text:
         _initialize(*_parsed(text))
+    # The first exchange connects all, and waits for nobody long.
+    gather(None)
     with contextlib.ExitStack() as stack:
         if text:
             stack.push(_ended)
         yield
 
 
-def _ended(kind: type[BaseException] | None, fault: BaseException | None, *_) -> None:
-    """Ends this process at once where it cannot go on, for the others to notice.
+def lost(fault: BaseException) -> bool:
+    """Whether it is what the runtime says where another process is gone."""
+    kinds = jax.errors.JaxRuntimeError | ValueError
+    return isinstance(fault, kinds) and LOST_WORDS.search(str(fault)) is not None
 
-    SystemExit ends all of them, and each waits for the others.
+
+def _ended(kind: type[BaseException] | None, fault: BaseException | None, *_) -> None:
+    """Ends this process at once where it alone ends, for the others to notice.
+
+    A Stopped without a cause is raised in all of them, which wait for each other.
     """
-    if kind is None or not issubclass(kind, Exception):
+    if fault is None or (isinstance(fault, SystemExit) and fault.__cause__ is None):
         return
-    faults = jax.errors.JaxRuntimeError, ValueError
-    lost = issubclass(kind, faults) and STATUS.match(str(fault))
-    if not lost and kind is not Refused:
+    status, said = 1, f"{kind.__name__}: {fault}"
+    if lost(fault):
+        status, said = (
+            LOST,
+            str(fault).split("\n")[0]
+            + (
+                "\nIf another process was lost, start the job again: it goes on from the last "
+                "checkpoint."
+            ),
+        )
+    elif isinstance(fault, KeyboardInterrupt):
+        status, said = 130, "interrupted"
+    elif isinstance(fault, SystemExit):
+        said = str(fault)
+    elif not isinstance(fault, Refused):
         traceback.print_exception(fault)
-    said = str(fault).split("\n")[0] if lost else f"{kind.__name__}: {fault}"
-    again = (
-        "\nIf another process was lost, start the job again: it goes on from the last "
-        "checkpoint."
-    )
-    print(
-        f"process {index()} of {count()} stops: {said}{again if lost else ''}",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(LOST if lost else 1)
+    print(f"process {index()} of {count()} stops: {said}", file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def _parsed(text: str) -> tuple[str, int, int]:
@@ -95,7 +108,7 @@ def _parsed(text: str) -> tuple[str, int, int]:
     address, total, number = found[1], int(found[2]), int(found[3])
     try:
         _reach(address, here=number == 0)
-    except OSError as fault:
+    except (OSError, OverflowError) as fault:
         raise Refused(f"job={text!r}: {address} cannot be used: {fault}") from fault
     return address, total, number
 
@@ -192,17 +205,37 @@ def told(make: Callable[[], T]) -> T:
     return found
 
 
-def check_same(what: str, value: str | int) -> None:
-    """Raises Refused unless all processes have the same value.
+def in_turn(make: Callable[[], T]) -> T:
+    """What `make` gives here. The others find what it leaves in the first process."""
+    found = [make()] if first() else []
+    gather(None)
+    return found[0] if found else make()
 
-    Args:
-      what: names it.
-      value: plain, and short enough to be printed.
+
+def all_pass(check: Callable[[], None]) -> None:
+    """Calls `check` in every process; what one refuses all refuse.
+
+    Raises:
+      Refused: what the first that refuses says.
     """
-    values = gather(value)
-    if len(set(values)) > 1:
-        told = ", ".join(f"process {i}: {each!r}" for i, each in enumerate(values))
-        raise Refused(f"{what} differs between the processes of the job: {told}")
+    fault = None
+    try:
+        check()
+    except Refused as refusal:
+        fault = refusal
+    for each in gather(fault):
+        if each is not None:
+            raise each
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raises Refused unless every process has the same plain values by these names."""
+    everywhere = gather(dict(facts))
+    for name in facts:
+        values = [each.get(name) for each in everywhere]
+        if any(value != values[0] for value in values):
+            seen = ", ".join(f"process {i}: {each!r}" for i, each in enumerate(values))
+            raise Refused(f"{name} differs between the processes of the job: {seen}")
 
 
 def _exchanged(mine: bytes) -> list[bytes]:

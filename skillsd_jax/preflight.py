@@ -7,6 +7,7 @@ import jax
 
 from skillsd_jax import (
     agent,
+    cluster,
     learner,
     optimizers,
     rollout,
@@ -96,7 +97,8 @@ def _check_skills(config: settings.Config) -> None:
     skills, method = config.skills, recipe(config.objective.name)
     try:
         retrieval.check(skills.retrieval, skills.embedding)
-        summaries.check(config)
+        if cluster.first():  # who alone asks
+            summaries.check(config)
     except ValueError as fault:
         raise Refused(str(fault)) from fault
     hinted = method.student_skill or config.rollout.hinted_groups

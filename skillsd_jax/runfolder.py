@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,12 +24,7 @@ def claim(workdir: str, config: Config) -> bool:
     Raises:
       Refused: it belongs to a run with other settings, or cannot be written.
     """
-    if "://" in workdir:
-        raise Refused(
-            f"workdir {workdir!r} is no folder; mount the bucket and pass where it is "
-            "mounted"
-        )
-    path = Path(workdir) / "config.json"
+    path = _check_folder(workdir) / "config.json"
     try:
         before = _completed(json.loads(path.read_text())) if path.exists() else None
         changed = difference(before or {}, to_dict(config))
@@ -39,10 +35,7 @@ def claim(workdir: str, config: Config) -> bool:
             write_atomic(path, json.dumps(to_dict(config), indent=2) + "\n")
             return before is not None
     except OSError as error:
-        raise Refused(
-            f"workdir {workdir!r} cannot be used: {error.strerror}; "
-            f"pass --workdir=FOLDER that can be written"
-        ) from error
+        raise _unusable(workdir, error) from error
     except json.JSONDecodeError as error:
         raise Refused(f"{path} is damaged; pass another --workdir") from error
     rows = [f"  {name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items()]
@@ -59,8 +52,8 @@ def claimed(workdir: str, config: Config) -> Iterator[None]:
     Raises:
       Refused: as `claim` does, or another process is at work there.
     """
-    known = claim(workdir, config)
-    with _alone(Path(workdir)):
+    with _alone(workdir):
+        known = claim(workdir, config)
         sweep(Path(workdir))
         try:
             yield
@@ -71,20 +64,44 @@ def claimed(workdir: str, config: Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(workdir: str) -> Iterator[None]:
     """A lock that goes with its process, however that ends."""
-    with open(folder / ".lock", "w") as file:
+    folder = _check_folder(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(
-                f"another process is at work in workdir {str(folder)!r}; wait for it, stop "
-                "it, or pass another --workdir"
+                f"another process is at work in workdir {workdir!r}; wait for it, stop it, "
+                "or pass another --workdir"
             ) from error
         except OSError as error:
             if error.errno not in UNLOCKED:
                 raise
         yield
+    finally:
+        os.close(file)
+
+
+def _check_folder(workdir: str) -> Path:
+    if "://" in workdir:
+        raise Refused(
+            f"workdir {workdir!r} is no folder; mount the bucket and pass where it is "
+            "mounted"
+        )
+    return Path(workdir)
+
+
+def _unusable(workdir: str, error: OSError) -> Refused:
+    return Refused(
+        f"workdir {workdir!r} cannot be used: {error.strerror}; "
+        f"pass --workdir=FOLDER that can be written"
+    )
 
 
 def _completed(before: dict) -> dict:

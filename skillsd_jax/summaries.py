@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from skillsd_jax import author, experience, rollout
+from skillsd_jax import author, cluster, experience, rollout
 from skillsd_jax import config as settings
 from skillsd_jax.skills import asking, endpoint, stock, summarizer, written
 from skillsd_jax.skills import bank as skill_bank
@@ -50,7 +50,7 @@ class _Pending:
 
 
 class Summaries:
-    """Writes the skills of a run.
+    """Writes the skills of a run; in a job, the first process asks an endpoint.
 
     Args:
       config: the run's settings.
@@ -72,7 +72,7 @@ class Summaries:
         self.config, self.keys, self.say = config.skills, keys, say
         self.iterations, self.backlog = config.iterations, backlog(config)
         self.writer: endpoint.Writer | None = None
-        if self.config.maker == "endpoint":
+        if self.config.maker == "endpoint" and cluster.first():
             self.writer = endpoint.Writer(asked_of(self.config.endpoint, config.seed))
         room = written.Room(config.prompt.max_skill_length, player.prompter.size)
         self.writing = written.Writing(

@@ -58,7 +58,7 @@ def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(cluster.job(job))
-        preflight.check(config)
+        cluster.all_pass(lambda: preflight.check(config))
         timing.keep_compiled(artifacts.cache_folder(config.cache) / "compiled")
         _claim(stack, workdir, config)
         stack.enter_context(savepoint.ending(Path(workdir)))
@@ -70,9 +70,8 @@ def run(config: settings.Config, workdir: str, job: str = "") -> dict[str, Any]:
 
 def _claim(stack: contextlib.ExitStack, workdir: str, config: settings.Config) -> None:
     """One process claims the folder; all of them go on, or none."""
-    cluster.check_same("the workdir", workdir)
-    cluster.check_same("the commit", metrics.commit() or "")
-    cluster.check_same("a setting", artifacts.content_hash(settings.to_dict(config)))
+    held = dict(settings.flatten(settings.to_dict(config)))
+    cluster.check_same({"workdir": workdir, "commit": metrics.commit(), **held})
 
     cluster.told(lambda: stack.enter_context(runfolder.claimed(workdir, config)))
 
@@ -157,21 +156,14 @@ class Run:
         self.environment_steps = 0
         self.past_faults: dict[str, int] = {}  # of earlier parts of the run
         self.watch = guard.Watch(self.workdir)
-        parts = self.player, self.state, self.external
-        opened = savepoint.Savepoints(
-            self.workdir, self.config, *parts, self.progress.say
-        )
+        parts = self.config, self.player, self.state, self.external, self.progress.say
+        opened = savepoint.Savepoints(self.workdir, *parts)
         self.savepoints = stack.enter_context(opened)
 
     def finish(self) -> dict[str, Any]:
         """Goes from where the run stands to its summary."""
         start = self._restore()
-        weights = self._student()
-        with self.clock("compile"), sharding.own():
-            for player in (self.player, self.panels.player):
-                hinted = self.recipe.hinted or self.practice.hinted
-                rollout.warm_up(player, weights, hinted)
-            self.summaries.warm_up(weights)
+        self._warm_up(self._student())
         if not self.host:
             self.progress.say("before: student on the test panel, teacher on its own")
             with self.clock("evaluate"):
@@ -189,6 +181,13 @@ class Run:
                 notice.stop(self.config.iterations, self.progress.say)
         self.compilations.close()
         return self._after()
+
+    def _warm_up(self, weights: learner.Params) -> None:
+        with self.clock("compile"), sharding.own():
+            for player in (self.player, self.panels.player):
+                hinted = self.recipe.hinted or self.practice.hinted
+                rollout.warm_up(player, weights, hinted)
+            self.summaries.warm_up(weights)
 
     def _go_on(self, iteration: int, notice: preemption.Notice) -> None:
         """An iteration, its line of metrics.jsonl and, where it is time, a savepoint."""
@@ -220,8 +219,9 @@ class Run:
         with clock("rollout"), sharding.own():
             practiced = self.practice.episodes(weights, iteration, self.bank)
             played = practiced.kept
-        with clock("skills"), sharding.own():
-            made = cluster.told(lambda: self.summaries.take(played, self.bank, weights))
+        with clock("skills"):
+            made = self._made(played, weights)
+            del weights  # in a job a copy, which the update has no room for
             self.bank.absorb(made.skills)
             views = self._views(played, iteration)
         figures = self._learn(views.rows, iteration)
@@ -258,15 +258,20 @@ class Run:
         record["seconds"] = clock.lap()
         return record
 
+    def _made(self, played, weights: learner.Params) -> summaries.Made:
+        with sharding.own():
+            take = self.summaries.take
+            return cluster.told(lambda: take(played, self.bank, weights))
+
     def _views(self, played, iteration: int) -> experience.Views:
         """Both views of the episodes' contexts, as the method says."""
         rng = np.random.default_rng([self.config.seed, iteration, 1])
-        sources = experience.Sources(
-            self.bank, self.config.skills, rng, self.expert.skill
-        )
+        skills = self.config.skills
+        sources = experience.Sources(self.bank, skills, rng, self.expert.skill)
+        chosen = experience.SHOWN[self.recipe.shown]
         return experience.views(
             played,
-            experience.SHOWN[self.recipe.shown](played, sources),
+            cluster.told(lambda: chosen(played, sources)),
             self.player.prompter,
             self.config.objective,
             {"plain": "plain", "rescued": "played"}.get(self.recipe.shown, "skill"),
@@ -277,16 +282,13 @@ class Run:
         if not self.recipe.terms:
             return {}
         with self.clock("pack"):
-            batch = self._batch(rows, iteration)
+            rng = np.random.default_rng([self.config.seed, iteration, 2])
+            batch = self.packer.arranged(rows, rng.permutation(len(rows)))
         with self.clock("update"):
             self.state, sums = self.learner.update(self.state, batch)
             found = learner.means(sums)
         self.watch.see(iteration, found["skipped_updates"], batch.rows)
         return found
-
-    def _batch(self, rows: list[tokens.Row], iteration: int) -> tokens.Arranged:
-        rng = np.random.default_rng([self.config.seed, iteration, 2])
-        return self.packer.arranged(rows, rng.permutation(len(rows)))
 
     def _credit(self, played: experience.Experience, shown, unkept) -> None:
         """Books each episode's reward to the skills of the bank that were shown."""
@@ -298,8 +300,7 @@ class Run:
 
     def _standing(self, when: str) -> dict[str, Any]:
         """Figures of the present student, named for summary.json."""
-        seed = [self.config.seed, 0, 5]
-        prompter = self.player.prompter
+        seed, prompter = [self.config.seed, 0, 5], self.player.prompter
         hints = showing.Hints(self.bank, self.config.skills, seed, prompter)
         hint = hints.text if self.recipe.student_skill else None
         weights = self._student()
@@ -322,9 +323,8 @@ class Run:
         """Student's and teacher's where they play; another model's are not played with."""
         student, teacher = self.state.weights, self.state.teacher
         shared = teacher is None or self.external
-        return sharding.mine(
-            (student, student if shared else self.state.whole(teacher))
-        )
+        played = student if shared else self.state.whole(teacher)
+        return sharding.mine((student, played))
 
     def _student(self) -> learner.Params:
         """Its weights where it plays: on this process's own devices."""
@@ -361,7 +361,7 @@ class Run:
             return 0
         done, standing = found
         self.state, self.bank = standing.state, standing.bank
-        self.summaries.restore(standing.pending)
+        cluster.told(lambda: self.summaries.restore(standing.pending))
         self.host = standing.figures
         self.environment_steps = standing.environment_steps
         self.clock = timing.Clock(standing.seconds)

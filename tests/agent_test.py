@@ -124,7 +124,7 @@ def name(monkeypatch, tmp_path):
 
     def cached(folder, key, make, load, save):
         assert folder == tmp_path / "warm_starts"
-        return None, None, None, key
+        return None, shapes.SHAPES["qwen3-0.6b"], None, key
 
     def ask(**changes):
         config = toy(tmp_path)

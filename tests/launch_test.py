@@ -137,7 +137,7 @@ def test_the_examples_of_the_readme_can_run():
 
 LOCAL = ("local", HOUSE, "--workdir=runs/x")
 SWEEP = ("sweep", "--configs=configs/household.py", "--root=runs/x")
-TPU = ("tpu_pod", "--name=pod", HOUSE, "--workdir=gs://b/x")
+TPU = ("tpu_pod", "--name=pod", HOUSE, "--workdir=/nfs/x")
 SLURM = ("slurm", HOUSE, "--workdir=runs/x", "--time=1:00:00")
 GKE = (
     "gke_jobset",
@@ -147,7 +147,7 @@ GKE = (
     "--topology=4x4",
     HOUSE,
 )
-GKE = (*GKE, "--workdir=gs://b/x")
+GKE = (*GKE, "--claim=c", "--workdir=/data/x")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,9 @@ GKE = (*GKE, "--workdir=gs://b/x")
         ((*GKE, "--topology=4"), "like 4x4 or 2x2x4"),
         ((*GKE, "--topology=3x3"), "must divide the 9 chips"),
         ((*GKE, "--name=A"), "small letters"),
-        ((*GKE, "--workdir=/data/x"), "needs --claim"),
+        (GKE[:-2], "--claim is missing"),
+        ((*GKE, "--workdir=gs://b/x"), "must be a folder below /data"),
+        ((*TPU, "--workdir=gs://b/x"), "must be an absolute path"),
         ((*GKE, "--", "a\x07b"), "control characters in an argument"),
     ],
 )
@@ -518,7 +520,8 @@ def test_slurm_says_what_it_would_submit():
     assert (
         "srun --kill-on-bad-exit=1 --open-mode=append "
         "--output=runs/x/logs/process-%t.log --gpu-bind=none --cpus-per-task=8 "
-        f"python -m skillsd_jax.main {HOUSE} --workdir=runs/x --job=auto &\n" in rest
+        f"python -m skillsd_jax.main {HOUSE} --workdir=runs/x --job=auto "
+        "--config.mesh.data=0 &\n" in rest
     )
 
 
@@ -531,8 +534,13 @@ def test_slurm_starts_a_process_for_each_gpu_when_asked():
 @pytest.fixture
 def cluster(stub, tmp_path):
     """Runs a batch script where srun starts one process, until it ends or is signalled."""
-    srun = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+    srun = "while [[ $1 == --* ]]; do shift; done\n"
+    srun += f'(exec "$@") & echo $! >{tmp_path}/step; wait $!'
     program(tmp_path / "srun", f"#!/usr/bin/env bash\n{srun}\n")
+    program(
+        tmp_path / "scancel",
+        f'#!/usr/bin/env bash\n[[ $* == "--signal=TERM 12" ]] && kill $(cat {tmp_path}/step)',
+    )
     program(
         tmp_path / "scontrol",
         f'#!/usr/bin/env bash\necho "$*" >"{tmp_path}/scontrol-got"\n',
@@ -564,7 +572,7 @@ def test_the_batch_script_passes_odd_arguments_and_the_exit_status_on(
     assert out == "here is none\n0,1\n"
     assert noted(tmp_path) == [
         *("-m", "skillsd_jax.main", HOUSE, f"--workdir={tmp_path}/run"),
-        *("--job=auto", *ODD),
+        *("--job=auto", "--config.mesh.data=0", *ODD),
     ]
     shellcheck = shutil.which("shellcheck")
     if shellcheck:
@@ -631,7 +639,8 @@ def test_tpu_pod_says_what_it_would_run():
     unpack += " && tar -xzf skillsd_jax.tar.gz -C skillsd_jax"
     install = "cd skillsd_jax && python3.11 -m venv .venv"
     install += " && .venv/bin/pip install --quiet -e '.[alfworld]' 'jax[tpu]'"
-    main = f".venv/bin/python -m skillsd_jax.main {HOUSE} --workdir=gs://b/x --job=auto"
+    main = f".venv/bin/python -m skillsd_jax.main {HOUSE} --workdir=/nfs/x --job=auto"
+    main += " --config.mesh.data=0"
     main = f"cd skillsd_jax && {{ env PYTHONUNBUFFERED=1 nohup {main}"
     main += " >>logs/main.log 2>&1 </dev/null & echo $! >logs/pid; }"
     for number, command in enumerate((unpack, install, main), start=4):
@@ -700,6 +709,7 @@ def test_a_worker_gets_odd_arguments_and_takes_one_run_at_a_time(pod, tmp_path):
     wait_for((home / "got").exists, "main does not start")
     assert (home / "got").read_text(encoding="utf-8").split("\0")[:-1] == [
         *("-m", "skillsd_jax.main", HOUSE, "--workdir=/nfs/a b", "--job=auto"),
+        "--config.mesh.data=0",
         *ODD,
     ]
     assert pod("status", "--name=pod").stdout.startswith("running\n")
@@ -740,7 +750,6 @@ def test_gke_asks_for_the_slices():
     assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 90)
     [container] = pod["containers"]
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
-    assert "volumes" not in pod
 
 
 def test_a_slice_smaller_than_a_host_has_one_host():
@@ -751,7 +760,7 @@ def test_a_slice_smaller_than_a_host_has_one_host():
 
 
 def test_gke_mounts_a_claim_for_a_folder():
-    found = jobset("--workdir=/data/x", "--claim=c")
+    found = jobset()
     pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["volumes"] == [
         {"name": "data", "persistentVolumeClaim": {"claimName": "c"}}
@@ -769,8 +778,8 @@ def test_kubernetes_passes_odd_arguments_on():
     assert all("$(" not in word.replace("$$", "") for word in got)
     # Kubernetes makes one $ of two, from the left.
     assert [word.replace("$$", "$") for word in got] == [
-        *("python", "-m", "skillsd_jax.main", HOUSE, "--workdir=gs://b/x"),
-        *("--job=auto", *odd),
+        *("python", "-m", "skillsd_jax.main", HOUSE, "--workdir=/data/x"),
+        *("--job=auto", "--config.mesh.data=0", *odd),
     ]
 
 

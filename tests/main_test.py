@@ -15,7 +15,7 @@ FAKE = """
 import sys, types
 from skillsd_jax import validation
 train = types.ModuleType("skillsd_jax.train")
-def run(config, workdir):
+def run(config, workdir, job):
     assert "jax" not in sys.modules
     if config.seed == 13:
         raise validation.Refused("not this seed")

@@ -75,9 +75,6 @@ class Tokenizer:
         self._broken = re.compile("|".join(map(re.escape, broken)))
         self._cached = functools.lru_cache(maxsize=65536)(self._encode)
 
-    def __reduce__(self):
-        return Tokenizer, (self._backend, self._settings, self._source)
-
     @property
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
