@@ -75,6 +75,7 @@ OPTIONAL |= {"sentence_transformers"}
 STANDARD = set(sys.stdlib_module_names)
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name below the package → file."""
     found = {}
@@ -105,6 +106,7 @@ def imported(nodes) -> set[str]:
     return names
 
 
+@cache
 def imports_of(name: str) -> set[str]:
     """Our own modules that a module imports, anywhere in it."""
     ours = modules()
