@@ -17,6 +17,7 @@ from skillsd_jax import cluster, metrics
 from skillsd_jax.validation import Refused
 
 ROOT = Path(__file__).parent.parent
+STARTED: list[subprocess.Popen[str]] = []
 
 TELLS = """
 import sys
@@ -66,6 +67,30 @@ with cluster.job(sys.argv[2]):
 """
 
 
+SAVES = """
+import resource, signal, sys, time
+import numpy as np
+from skillsd_jax import checkpoint, cluster, savepoint, sharding
+from skillsd_jax.config import Mesh
+
+folder, who, job = sys.argv[1:]
+with cluster.job(job), savepoint.ending(folder), sharding.over(Mesh(fsdp=2)):
+    numbers = np.random.default_rng(0).random((64, 1024), np.float32)
+    tree = sharding.put({"embed": numbers})  # ones would be packed to nothing
+    saved = checkpoint.Checkpointer(folder, keep=2)
+    saved.save(1, tree, {})
+    saved.wait()
+    if cluster.index() == int(who):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    saved.save(2, tree, {})
+    while True:
+        saved.check()
+        cluster.gather(0)
+        time.sleep(0.1)
+"""
+
+
 def start(
     program: str, arguments: Sequence[str], devices: int = 1
 ) -> subprocess.Popen[str]:
@@ -75,13 +100,24 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
 
 
 def together(
@@ -125,6 +161,19 @@ def test_what_goes_wrong_in_one_process_ends_the_job(fault):
     left.communicate(timeout=120)
     assert left.returncode == cluster.LOST
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_cannot_save_says_so_and_the_others_end(who, tmp_path):
+    begun, both = time.monotonic(), together(SAVES, [str(tmp_path), str(who)])
+    faults = [process.communicate(timeout=100)[1] for process in both]
+    assert both[who].returncode == 1, faults[who]
+    assert "checkpoint 2 of about" in faults[who].splitlines()[-1]
+    assert "1 is still whole" in faults[who]
+    assert both[1 - who].returncode == cluster.LOST, faults[1 - who]
+    assert "start the job again" in faults[1 - who]
+    assert time.monotonic() - begun < 60
+    assert (tmp_path / "1").is_dir() and not (tmp_path / "2").exists()
 
 
 def test_one_process_needs_no_job():
