@@ -26,11 +26,16 @@ from tests.skills.server import serving
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
-import json, os, signal, sys
+import json, os, pathlib, signal, sys, time
 from skillsd_jax import config, manifest, train
 
 def killed(*_):
     os.kill(os.getpid(), signal.{signal})
+
+def killed_when_saved():
+    while not any(pathlib.Path({workdir!r}, "checkpoints").glob("[0-9]")):
+        time.sleep(0.01)
+    killed()
 
 {patch}
 train.run(config.from_dict(json.loads({text!r})), {workdir!r})
@@ -38,6 +43,24 @@ train.run(config.from_dict(json.loads({text!r})), {workdir!r})
 IN_A_SAVE = """
 write = manifest.write
 manifest.write = lambda folder, about: (killed if "-3" in folder.name else write)(folder, about)
+"""
+IN_A_SUMMARY = """
+take = train.summaries.Summaries.take
+def taken(self, played, bank, params):
+    made = take(self, played, bank, params)
+    if played.iteration == 2:
+        killed_when_saved()
+    return made
+train.summaries.Summaries.take = taken
+"""
+IN_AN_EVALUATION = """
+during = train.panels.Panels.during
+def played(self, done, *weights):
+    if done == 2:
+        self.student(weights[0])
+        killed_when_saved()
+    return during(self, done, *weights)
+train.panels.Panels.during = played
 """
 IN_AN_ITERATION = """
 reuse = train.experience.reuse
@@ -147,6 +170,20 @@ def test_a_run_killed_in_a_save_ends_as_if_it_were_not(uninterrupted):
     (work / "trajectories" / f".{'0' * 32}-000003.jsonl").write_text("{")
     said = whole(tiny(tmp), work)
     assert "resumed after iteration 2" in said
+    assert differences(tmp / "whole", work) == []
+
+
+@pytest.mark.parametrize(
+    "patch", [IN_A_SUMMARY, IN_AN_EVALUATION], ids=["summary", "panel"]
+)
+def test_a_run_killed_between_saves_ends_as_if_it_were_not(
+    patch, uninterrupted, tmp_path
+):
+    tmp, work = uninterrupted, tmp_path / "killed"
+    process = start(tiny(tmp), work, patch)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == -signal.SIGKILL
+    assert "resumed after iteration" in whole(tiny(tmp), work)
     assert differences(tmp / "whole", work) == []
 
 
