@@ -30,6 +30,10 @@ JOIN_S = 300  # in which all processes have to start
 PATIENCE_S = 10  # after which one says that it waits
 LOST = 75  # exit status: try again
 SHORTEST = 1 << 16  # bytes that are sent at least
+AGAIN = (
+    "If another process was lost, start the job again: it goes on from the last "
+    "checkpoint."
+)
 # What the runtime says of a connection that is gone; other faults are this process's own.
 LOST_WORDS = re.compile(
     "gloo|nccl|coordination|heartbeat|barrier|connection (closed|reset|refused)|"
@@ -68,7 +72,8 @@ def job(text: str) -> Iterator[None]:
 def lost(fault: BaseException) -> bool:
     """Whether it is what the runtime says where another process is gone."""
     kinds = jax.errors.JaxRuntimeError | ValueError
-    return isinstance(fault, kinds) and LOST_WORDS.search(str(fault)) is not None
+    ours = isinstance(fault, Refused) or not isinstance(fault, kinds)
+    return not ours and LOST_WORDS.search(str(fault)) is not None
 
 
 def _ended(kind: type[BaseException] | None, fault: BaseException | None, *_) -> None:
@@ -80,14 +85,7 @@ def _ended(kind: type[BaseException] | None, fault: BaseException | None, *_) ->
         return
     status, said = 1, f"{kind.__name__}: {fault}"
     if lost(fault):
-        status, said = (
-            LOST,
-            str(fault).split("\n")[0]
-            + (
-                "\nIf another process was lost, start the job again: it goes on from the last "
-                "checkpoint."
-            ),
-        )
+        status, said = LOST, "\n".join([str(fault).split("\n")[0], AGAIN])
     elif isinstance(fault, KeyboardInterrupt):
         status, said = 130, "interrupted"
     elif isinstance(fault, SystemExit):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -174,6 +175,20 @@ def test_who_cannot_save_says_so_and_the_others_end(who, tmp_path):
     assert "start the job again" in faults[1 - who]
     assert time.monotonic() - begun < 60
     assert (tmp_path / "1").is_dir() and not (tmp_path / "2").exists()
+
+
+@pytest.mark.parametrize(
+    "fault, lost",
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: ptxas exited with 1"), False),
+        (Refused("the endpoint is unavailable"), False),
+        (OSError("Connection reset by peer"), False),
+    ],
+)
+def test_what_the_runtime_says_of_a_lost_process_is_told_from_other_faults(fault, lost):
+    assert cluster.lost(fault) == lost
 
 
 def test_one_process_needs_no_job():
