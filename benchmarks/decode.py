@@ -6,90 +6,135 @@
 
 Random weights in --dtype, every row live, a cache half full at the start. A decoder reads
 its weights and the keys and values of every row once a token: those bytes over the
-bandwidth of a large copy, measured in the same run, are the floor. Hugging Face generate
-with a static cache, where torch sees the same device: what --tokens take behind a prompt
-that fills as much, less what one takes. JSON lines; ratio = ours / baseline for tokens a
-second.
+bandwidth of a large copy, measured beside it, are the floor. Hugging Face generate with a
+static cache, where torch sees the same device, behind a prompt that fills as much. Both:
+what --tokens take, less what one takes. Each case in a process of its own, so that none
+finds another's memory taken. JSON lines; ratio = ours / baseline for tokens a second. What
+a case lacks goes to stderr.
 """
 
 import argparse
 import dataclasses
-import importlib.util
+import functools
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-
-from skillsd_jax import sampler
-from skillsd_jax.models import kv_cache, qwen, shapes
-
 COPIED = 2**30  # bytes of the copy that measures the bandwidth
+MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # 256 rows of 2,048 take 56 GiB
+NAMES = {"transformers": "transformers, static cache"}
 
 
-def fastest(call: Callable, repeats: int) -> float:
+def fastest(call: Callable[..., object], repeats: int, *given) -> float:
     """Seconds of the fastest call; the first, which compiles, is not timed."""
-    jax.block_until_ready(call())
+    call(*given)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(call())
+        call(*given)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
 
+def configured(name: str, arguments):
+    """The published shape, with what the command line changes."""
+    from skillsd_jax.models import shapes
+
+    config = dataclasses.replace(shapes.SHAPES[name], dtype=arguments.dtype)
+    if arguments.layers:
+        config = dataclasses.replace(config, layers=arguments.layers)
+    return config
+
+
 def bandwidth(repeats: int) -> float:
     """Bytes a second that a copy reads and writes."""
+    import jax
+    import jax.numpy as jnp
+
     x = jnp.zeros(COPIED // 4, jnp.float32)
-    return 2 * COPIED / fastest(lambda: copied(x), repeats)
+    copied = jax.jit(lambda x: x + 1)
+    return 2 * COPIED / fastest(lambda: copied(x).block_until_ready(), repeats)
 
 
-copied = jax.jit(lambda x: x + 1)
-
-
-def network(config: qwen.ModelConfig) -> qwen.Params:
+def network(config):
     """Random weights in the type of the matmuls, layers apart."""
+    import jax
 
-    def made(key):
-        return qwen.unstack(config, qwen.init(config, key))
+    from skillsd_jax.models import qwen
 
-    return jax.jit(made)(jax.random.key(0))
+    # In one program the two take minutes to compile for a GPU.
+    params = qwen.init(config, jax.random.key(0))
+    return jax.jit(lambda params: qwen.unstack(config, params))(params)
 
 
-def ours(config: qwen.ModelConfig, rows: int, arguments) -> tuple[float, float]:
-    """Seconds of a token of all rows, and the bytes it reads."""
-    params, slots, count = network(config), arguments.cache, arguments.tokens
-    how = sampler.Decoding(count)
+def begun(config, rows: int, slots: int):
+    """A state of random numbers."""
+    import jax
+    import jax.numpy as jnp
 
-    def spoken(params, keys):
-        state = sampler.start(config, rows, slots)
+    from skillsd_jax import sampler
+
+    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    state = jax.eval_shape(lambda: sampler.start(config, rows, slots))
+    leaves, shape = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+
+    def filled(key, x):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return normal(key, x.shape, x.dtype)
+        return jnp.full(x.shape, slots // 2, x.dtype)
+
+    return jax.tree.unflatten(shape, map(filled, keys, leaves))
+
+
+def ours(config, rows: int, arguments) -> dict:
+    """Seconds of a token of all rows, the bytes it reads, and how fast memory is."""
+    import jax
+    import jax.numpy as jnp
+
+    from skillsd_jax import sampler
+
+    slots, count, repeats = arguments.cache, arguments.tokens, arguments.repeats
+    speed, how = bandwidth(repeats), sampler.Decoding(count)
+    params, held = network(config), [begun(config, rows, slots)]
+    keys = jax.random.split(jax.random.key(2), rows)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def spoken(params, state, keys, limit):
         length = jnp.full(rows, slots // 2, jnp.int32)
         cache = dataclasses.replace(state.cache, length=length)
         state = dataclasses.replace(state, cache=cache)
-        ask = sampler.Ask(keys, jnp.ones(rows, bool))
-        return sampler.generate(config, params, state, ask, 1.0, how)[1]
+        ask = sampler.Ask(keys, jnp.ones(rows, bool), jnp.full(rows, limit))
+        state, reply = sampler.generate(config, params, state, ask, 1.0, how)
+        return state, jnp.sum(reply.count)
 
-    keys = jax.random.split(jax.random.key(1), rows)
-    call = jax.jit(spoken)
-    seconds = fastest(lambda: call(params, keys), arguments.repeats)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    empty = jax.eval_shape(lambda: kv_cache.empty(config, rows, slots))
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(empty))
-    live = held * (slots // 2 + count / 2) / slots
-    return seconds / (count - 1), weights + live  # the first is drawn, nothing is read
+    def speak(limit):
+        state, said = spoken(params, held.pop(), keys, limit)
+        if int(said) != rows * limit:  # waits
+            raise SystemExit(f"{said} tokens instead of {rows * limit}")
+        held.append(state)
+
+    most, one = (fastest(speak, repeats, limit) for limit in (count, 1))
+    read = params if config.tie_embeddings else params | {"embed": ()}
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+    whole = sum(x.nbytes for x in (*held[0].cache.keys, *held[0].cache.values))
+    return {
+        "device": jax.devices()[0].device_kind,
+        "seconds": (most - one) / (count - 1),
+        "bytes": weights + whole * (slots // 2 + count / 2) / slots,
+        "bytes_per_second": speed,
+    }
 
 
-def transformers(config: qwen.ModelConfig, rows: int, arguments) -> float | None:
-    """Seconds of a token of all rows; None where torch does not see the device."""
-    if not importlib.util.find_spec("torch"):
-        return None
+def transformers(config, rows: int, arguments) -> dict:
+    """Seconds of a token of all rows."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = Qwen3Config(
         vocab_size=config.vocab,
         hidden_size=config.width,
@@ -101,13 +146,11 @@ def transformers(config: qwen.ModelConfig, rows: int, arguments) -> float | None
         tie_word_embeddings=config.tie_embeddings,
         max_position_embeddings=2 * arguments.cache,
     )
-    device = "cuda" if on_gpu else "cpu"
     with torch.device(device):
         model = Qwen3ForCausalLM(shape).to(getattr(torch, config.dtype)).eval()
     prompt = torch.randint(config.vocab, (rows, arguments.cache // 2), device=device)
 
-    def took(count: int) -> float:
-        start = time.perf_counter()
+    def generate(count: int) -> None:
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -118,16 +161,33 @@ def transformers(config: qwen.ModelConfig, rows: int, arguments) -> float | None
             cache_implementation="static",
             pad_token_id=0,
         )
-        if on_gpu:
+        if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    took(arguments.tokens)  # compiles, captures
-    most, one = (
-        min(took(count) for _ in range(arguments.repeats))
-        for count in (arguments.tokens, 1)
+    counts = arguments.tokens, 1
+    most, one = (fastest(generate, arguments.repeats, count) for count in counts)
+    return {"device": device, "seconds": (most - one) / (arguments.tokens - 1)}
+
+
+CONTENDERS = {"ours": ours, "transformers": transformers}
+
+
+def child(contender: str, name: str, rows: int, arguments) -> dict | None:
+    """One case in a process of its own; None: it failed, and said why."""
+    given = ("cache", "tokens", "layers", "dtype", "repeats")
+    options = [f"--{option}={getattr(arguments, option)}" for option in given]
+    done = subprocess.run(
+        [sys.executable, __file__, f"--only={contender}", f"--shapes={name}"]
+        + [f"--rows={rows}", *options],
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=MEMORY | os.environ,
     )
-    return (most - one) / (arguments.tokens - 1)
+    if done.returncode:
+        print(f"{contender}, {name}, {rows} rows: failed", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def line(case: str, rows: int, ours: float, baseline: float, name: str) -> str:
@@ -145,31 +205,50 @@ def line(case: str, rows: int, ours: float, baseline: float, name: str) -> str:
     )
 
 
+def compare(name: str, rows: int, arguments) -> None:
+    """The lines of one shape and number of rows."""
+    played = {
+        contender: child(contender, name, rows, arguments)
+        for contender in arguments.contenders.split(",")
+    }
+    mine = played.pop("ours")
+    if mine is None:
+        return
+    layers = arguments.layers or "all"
+    case = f"{mine['device']}, {name}, {layers} layers, {arguments.dtype}, {rows} rows"
+    gib, speed = mine["bytes"] / 2**30, mine["bytes_per_second"]
+    floor = f"{gib:.2f} GiB a token at {speed / 1e9:.0f} GB/s"
+    print(line(case, rows, mine["seconds"], mine["bytes"] / speed, floor), flush=True)
+    for contender, other in played.items():
+        if other is None:
+            continue
+        if (other["device"] == "cpu") != (mine["device"] == "cpu"):
+            print(f"{contender} sees {other['device']} alone", file=sys.stderr)
+            continue
+        seconds = mine["seconds"], other["seconds"]
+        print(line(case, rows, *seconds, NAMES[contender]), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", default="qwen3-0.6b,qwen3-1.7b")
     parser.add_argument("--rows", default="64,256")
     parser.add_argument("--cache", type=int, default=2048, help="slots of a row")
-    parser.add_argument("--tokens", type=int, default=128, help="drawn by each row")
+    parser.add_argument("--tokens", type=int, default=64, help="drawn by each row")
     parser.add_argument("--layers", type=int, default=0, help="0: as the shape has")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--contenders", default="ours,transformers")
+    parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    speed = bandwidth(arguments.repeats)
-    device = jax.devices()[0].device_kind
     for name in arguments.shapes.split(","):
-        config = dataclasses.replace(shapes.SHAPES[name], dtype=arguments.dtype)
-        if arguments.layers:
-            config = dataclasses.replace(config, layers=arguments.layers)
         for rows in map(int, arguments.rows.split(",")):
-            case = f"{device} {name} {config.layers} layers {config.dtype}, {rows} rows"
-            taken, read = ours(config, rows, arguments)
-            floor = f"{read / 2**30:.2f} GiB a token at {speed / 1e9:.0f} GB/s"
-            print(line(case, rows, taken, read / speed, floor), flush=True)
-            peer = transformers(config, rows, arguments)
-            if peer is not None:
-                static = "transformers, static cache"
-                print(line(case, rows, taken, peer, static), flush=True)
+            if arguments.only:
+                config = configured(name, arguments)
+                said = CONTENDERS[arguments.only](config, rows, arguments)
+                print(json.dumps(said))
+            else:
+                compare(name, rows, arguments)
 
 
 if __name__ == "__main__":

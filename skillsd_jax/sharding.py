@@ -251,20 +251,30 @@ def looked_up(x: jax.Array) -> jax.Array:
     return rows(split(x, ROWS, *between, "tp"))
 
 
-def by_heads(attend: Callable[..., jax.Array], *qkv: jax.Array) -> jax.Array:
-    """attend(q, k, v) of [B, L, heads, E] on each device's own rows and heads.
+def by_heads(
+    attend: Callable[..., jax.Array], *arrays: jax.Array, axis: int = 2
+) -> jax.Array:
+    """attend(q, k, v, …) on each device's own rows and heads.
 
     For kernels that the compiler cannot divide. Key heads that 'tp' does not divide
     are whole on every device, and the query heads with them.
+
+    Args:
+      arrays: rows first; the result lies as the first of them.
+      axis: of the heads, in those that have so many; others are of rows alone.
     """
     present = sizes()
     if not present:
-        return attend(*qkv)
-    fits = all(x.shape[2] % present["tp"] == 0 for x in qkv)
-    uneven = qkv[0].shape[0] % ways()
-    where = PartitionSpec(None if uneven else ROWS, None, "tp" if fits else None)
+        return attend(*arrays)
+    headed = [x.shape[axis] for x in arrays if x.ndim > axis]
+    tp = "tp" if all(heads % present["tp"] == 0 for heads in headed) else None
+    by_row = None if arrays[0].shape[0] % ways() else ROWS
+    whole = (by_row, *[None] * (axis - 1), tp)
+    where = tuple(PartitionSpec(*whole[: x.ndim]) for x in arrays)
     # A kernel's result does not say over which axes it varies.
-    return jax.shard_map(attend, in_specs=where, out_specs=where, check_vma=False)(*qkv)
+    return jax.shard_map(attend, in_specs=where, out_specs=where[0], check_vma=False)(
+        *arrays
+    )
 
 
 _whole = jax.jit(lambda tree: replicated(tree))

@@ -163,10 +163,10 @@ def test_a_checkpoint_goes_on_on_another_mesh(learned):
 
 PLAYING = """
 import dataclasses, functools
-import jax, numpy as np
+import jax, jax.numpy as jnp, numpy as np
 from skillsd_jax import rollout, sharding, slots
 from skillsd_jax import config as settings
-from skillsd_jax.models import attention, qwen
+from skillsd_jax.models import attention, flash_decoding, qwen
 from skillsd_jax.sampler import Decoding
 
 SHAPE = qwen.ModelConfig(
@@ -212,6 +212,15 @@ for sizes in ((2, 2, 2), (1, 1, 8)):
     with sharding.over(settings.Mesh(*sizes)):
         found = jax.jit(splash, static_argnums=3)(q, k, v, None)
     np.testing.assert_allclose(found, right, atol=2e-3)
+
+flash = functools.partial(flash_decoding.attend, interpret=True)
+k, v = (x.transpose(0, 2, 1, 3).astype(jnp.bfloat16) for x in (k, v))
+q, end = q[:, 0].astype(jnp.bfloat16), jnp.array([24, 1, 9, 0])
+right = flash(q, k, v, 0 * end, end)
+for sizes in ((2, 2, 2), (1, 1, 8)):
+    with sharding.over(settings.Mesh(*sizes)):
+        found = jax.jit(flash)(q, k, v, 0 * end, end)
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (found, right)), atol=1e-2)
 """
 
 

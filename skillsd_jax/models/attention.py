@@ -2,12 +2,17 @@
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from skillsd_jax import sharding
+from skillsd_jax.models import flash_decoding
+
+if TYPE_CHECKING:
+    from skillsd_jax.models.kv_cache import KVCache
 
 LANES = 128  # splash: head size and length come in multiples of it
 
@@ -91,6 +96,33 @@ def cached(
     mixed = (_mix_turned if turned else _mix)(q, k, v, bias)
     mixed = mixed.reshape(rows, -1, group, length, size).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(rows, length, heads, size)
+
+
+def over(
+    position: Int[Array, "B L"],
+    length: Int[Array, "B"],
+    cache: "KVCache",
+    flash: bool,
+    window: int | None,
+) -> Callable:
+    """How L new tokens of every row read what a layer keeps of the cache: f(q, k, v).
+
+    Args:
+      position: of each new token, whose keys are written already.
+      length: how many of them are real; a row with none may be given anything.
+      flash: flash_decoding serves here; it reads one token a row.
+      window: how many tokens, itself included, a query sees; None: all.
+    """
+    if flash and position.shape[1] == 1:
+        end = jnp.where(length > 0, position[:, 0] + 1, 0)
+        begin = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
+
+        def one(q, k, v):
+            return flash_decoding.attend(q[:, 0], k, v, begin, end)[:, None]
+
+        return one
+    allowed = visible(position, jnp.arange(cache.slots), window)
+    return lambda q, k, v: cached(q, k, v, allowed, cache.turned)
 
 
 def _plain(q, k, v, window):

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from skillsd_jax import sharding
-from skillsd_jax.models import attention, kv_cache, rope
+from skillsd_jax.models import attention, flash_decoding, kv_cache, rope
 from skillsd_jax.models.kv_cache import KVCache
 from skillsd_jax.models.lora import Lora
 
@@ -40,7 +40,7 @@ class ModelConfig:
       window_layers: indices of the layers with a sliding window.
       dtype: of the matmuls and of the cache.
       attention: kernel of whole sequences, a name in attention.ATTENTION. A cache is
-        always read with a mask over its slots.
+        read with a mask over its slots, or by flash_decoding where that serves.
       remat: what the backward pass keeps of a layer, a name in REMAT.
       lora: adapters beside the linear maps; None: none.
     """
@@ -287,9 +287,9 @@ def extend(
     begun = cache.length if rows is None else cache.length[rows]
     position = begun[:, None] + new
     rotation = _rotation(config, position)
-    slots = jnp.arange(cache.slots)
-    allowed = attention.visible(position, slots, None)
-    near = attention.visible(position, slots, config.window)
+    flash = rows is None and flash_decoding.serves(config)
+    read = functools.partial(attention.over, position, length, cache, flash)
+    far, near = read(None), read(config.window)
     row = (jnp.arange(tokens.shape[0]) if rows is None else rows)[:, None]
     slot = jnp.where(new < length[:, None], position, cache.slots)  # beyond: dropped
 
@@ -307,8 +307,8 @@ def extend(
         values.append(written(cache.values[n], v))
         k, v = (x if rows is None else x[rows] for x in (keys[n], values[n]))
         k, v = k.astype(q.dtype), v.astype(q.dtype)
-        seen = near if n in (config.window_layers or ()) else allowed
-        x = block.finish(x, attention.cached(q, k, v, seen, cache.turned))
+        attend = near if n in (config.window_layers or ()) else far
+        x = block.finish(x, attend(q, k, v))
     total = cache.length.at[row[:, 0]].add(length, mode="drop")
     cache = KVCache(tuple(keys), tuple(values), total, cache.turned)
     return _rms_norm(config, x, params["norm"]), cache
