@@ -192,8 +192,8 @@ class Slots:
         if not self.state.cache.turned:
             return ()
         slots = self.state.cache.slots
-        sizes = [n for n in self.voice.how.shrink if n < self.room.rows]
-        return tuple(kv_cache.empty(self.voice.model, n, slots) for n in sizes)
+        fewer = self.voice.how.loops(self.room.rows)[1:]
+        return tuple(kv_cache.empty(self.voice.model, n, slots) for n in fewer)
 
     def _grow(self, longest: int) -> None:
         """Makes room, size after size: a leap would be a shape of its own."""
@@ -243,14 +243,15 @@ class Slots:
 
     def warm_up(self) -> None:
         """Compiles every shape that `ask` may use, so that none is met later."""
-        nobody = np.zeros(self.room.rows, np.int32)
+        nought = np.zeros(self.room.rows, np.int32)
         for slots in self.room.slots:
             self._grow(slots)
             for length in self.room.pieces:
                 self._piece([], length)
             if not self.room.still:
                 self._copy([(0, 0)])
-            reply = self._speak((nobody - 1, nobody, nobody, nobody))
+            for limit in self.voice.how.rehearsals(self.room.rows):
+                reply = self._speak((nought, nought, limit, nought))
         jax.block_until_ready(reply)
 
 
@@ -299,11 +300,11 @@ class Fresh:
     def warm_up(self) -> None:
         """Compiles every shape that `ask` may use."""
         for rows in self.rows:
-            nobody = np.zeros(rows, np.int32)
-            prompt = np.zeros((rows, self.length), np.int32), nobody
-            jax.block_until_ready(
-                self._reply(prompt, (nobody - 1, nobody, nobody, nobody))
-            )
+            nought = np.zeros(rows, np.int32)
+            prompt = np.zeros((rows, self.length), np.int32), nought
+            for limit in self.voice.how.rehearsals(rows):
+                asked = nought, nought, limit, nought
+                jax.block_until_ready(self._reply(prompt, asked))
 
 
 def _octaves(first: int, last: int, fine: bool) -> tuple[int, ...]:

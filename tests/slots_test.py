@@ -176,6 +176,27 @@ def test_nothing_is_compiled_after_the_warm_up():
     assert len(replies) > 200 and compiled.count == 0
 
 
+@pytest.mark.parametrize("still", [False, True])
+def test_the_warm_up_runs_every_loop_of_decoding(still):
+    room = slots.Room(ROWS, 40, still=still)
+    voice, rows = slots.Slots(speaker(room), room), []
+    fresh, speak = slots.Fresh(voice.voice, [8, ROWS], 16), voice._speak
+    read = fresh._reply
+
+    def heard(reply):
+        # The first token is drawn before any loop, the second in one.
+        rows.append(int((np.asarray(reply.count) == 2).sum()))
+        return reply
+
+    voice._speak = lambda asked: heard(speak(asked))
+    fresh._reply = lambda prompt, asked: heard(read(prompt, asked))
+    voice.warm_up()
+    assert rows == [ROWS, 12, 8, 4][: 1 if still else 4]
+    rows.clear()
+    fresh.warm_up()
+    assert rows == ([8, ROWS] if still else [8, 4, ROWS, 12, 8, 4])
+
+
 def test_fewer_rows_decode_in_memory_that_is_kept_between_turns():
     voice, rng = make(), np.random.default_rng(7)
 
