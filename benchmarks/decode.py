@@ -7,10 +7,10 @@
 Random weights in --dtype, every row live, a cache half full at the start. A decoder reads
 its weights and the keys and values of every row once a token: those bytes over the
 bandwidth of a large copy, measured beside it, are the floor. Hugging Face generate with a
-static cache, where torch sees the same device, behind a prompt that fills as much. Both:
+static cache, behind a prompt that fills as much; torch has to see the same device. Both:
 what --tokens take, less what one takes. Each case in a process of its own, so that none
-finds another's memory taken. JSON lines; ratio = ours / baseline for tokens a second. What
-a case lacks goes to stderr.
+finds another's memory taken. JSON lines; ratio = ours / baseline for tokens a second. Why
+a case fails goes to stderr.
 """
 
 import argparse
@@ -123,6 +123,7 @@ def ours(config, rows: int, arguments) -> dict:
     whole = sum(x.nbytes for x in (*held[0].cache.keys, *held[0].cache.values))
     return {
         "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
         "seconds": (most - one) / (count - 1),
         "bytes": weights + whole * (slots // 2 + count / 2) / slots,
         "bytes_per_second": speed,
@@ -134,7 +135,9 @@ def transformers(config, rows: int, arguments) -> dict:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = {"gpu": "cuda"}.get(arguments.platform, arguments.platform)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU; install the build of torch that does")
     shape = Qwen3Config(
         vocab_size=config.vocab,
         hidden_size=config.width,
@@ -166,19 +169,19 @@ def transformers(config, rows: int, arguments) -> dict:
 
     counts = arguments.tokens, 1
     most, one = (fastest(generate, arguments.repeats, count) for count in counts)
-    return {"device": device, "seconds": (most - one) / (arguments.tokens - 1)}
+    return {"seconds": (most - one) / (arguments.tokens - 1)}
 
 
 CONTENDERS = {"ours": ours, "transformers": transformers}
 
 
-def child(contender: str, name: str, rows: int, arguments) -> dict | None:
-    """One case in a process of its own; None: it failed, and said why."""
+def child(contender: str, name: str, rows: int, arguments, platform: str = ""):
+    """What one case reports, in a process of its own; None: it failed, and said why."""
     given = ("cache", "tokens", "layers", "dtype", "repeats")
     options = [f"--{option}={getattr(arguments, option)}" for option in given]
     done = subprocess.run(
         [sys.executable, __file__, f"--only={contender}", f"--shapes={name}"]
-        + [f"--rows={rows}", *options],
+        + [f"--rows={rows}", f"--platform={platform}", *options],
         check=False,
         stdout=subprocess.PIPE,
         text=True,
@@ -205,28 +208,24 @@ def line(case: str, rows: int, ours: float, baseline: float, name: str) -> str:
     )
 
 
-def compare(name: str, rows: int, arguments) -> None:
-    """The lines of one shape and number of rows."""
-    played = {
-        contender: child(contender, name, rows, arguments)
-        for contender in arguments.contenders.split(",")
-    }
-    mine = played.pop("ours")
+def compare(name: str, rows: int, arguments) -> bool:
+    """Prints the lines of one shape and number of rows; whether there are all."""
+    mine = child("ours", name, rows, arguments)
     if mine is None:
-        return
+        return False
     layers = arguments.layers or "all"
     case = f"{mine['device']}, {name}, {layers} layers, {arguments.dtype}, {rows} rows"
     gib, speed = mine["bytes"] / 2**30, mine["bytes_per_second"]
     floor = f"{gib:.2f} GiB a token at {speed / 1e9:.0f} GB/s"
     print(line(case, rows, mine["seconds"], mine["bytes"] / speed, floor), flush=True)
-    for contender, other in played.items():
-        if other is None:
-            continue
-        if (other["device"] == "cpu") != (mine["device"] == "cpu"):
-            print(f"{contender} sees {other['device']} alone", file=sys.stderr)
-            continue
-        seconds = mine["seconds"], other["seconds"]
-        print(line(case, rows, *seconds, NAMES[contender]), flush=True)
+    others = [other for other in arguments.contenders.split(",") if other != "ours"]
+    for other in others:
+        theirs = child(other, name, rows, arguments, mine["platform"])
+        if theirs is None:
+            return False
+        seconds = mine["seconds"], theirs["seconds"]
+        print(line(case, rows, *seconds, NAMES[other]), flush=True)
+    return True
 
 
 def main() -> None:
@@ -240,15 +239,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contenders", default="ours,transformers")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--platform", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    for name in arguments.shapes.split(","):
-        for rows in map(int, arguments.rows.split(",")):
-            if arguments.only:
-                config = configured(name, arguments)
-                said = CONTENDERS[arguments.only](config, rows, arguments)
-                print(json.dumps(said))
-            else:
-                compare(name, rows, arguments)
+    refuse(parser, arguments)
+    shapes = arguments.shapes.split(",")
+    cases = [(name, int(rows)) for name in shapes for rows in arguments.rows.split(",")]
+    if arguments.only:
+        [(name, rows)] = cases
+        config = configured(name, arguments)
+        print(json.dumps(CONTENDERS[arguments.only](config, rows, arguments)))
+    elif False in [compare(name, rows, arguments) for name, rows in cases]:
+        raise SystemExit(1)
+
+
+def refuse(parser: argparse.ArgumentParser, arguments) -> None:
+    """Ends with what is wrong with the command line, if anything is."""
+    unknown = set(arguments.contenders.split(",")) - set(CONTENDERS)
+    if unknown:
+        parser.error(f"--contenders={','.join(unknown)}: {', '.join(CONTENDERS)}")
+    room = arguments.cache - arguments.cache // 2
+    if not 2 <= arguments.tokens <= room:
+        parser.error(
+            f"--tokens={arguments.tokens} must be 2 to {room}: --cache={arguments.cache}"
+            " is half full at the start"
+        )
 
 
 if __name__ == "__main__":

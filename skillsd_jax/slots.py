@@ -242,8 +242,9 @@ class Slots:
             self.state = _copied(self.state, source, target.astype(np.int32))
 
     def warm_up(self) -> None:
-        """Compiles every shape that `ask` may use, so that none is met later."""
+        """Compiles every shape that `ask` may use, and runs every loop once."""
         nought = np.zeros(self.room.rows, np.int32)
+        row = np.arange(self.room.rows, dtype=np.int32)  # each draws its own word
         for slots in self.room.slots:
             self._grow(slots)
             for length in self.room.pieces:
@@ -251,7 +252,7 @@ class Slots:
             if not self.room.still:
                 self._copy([(0, 0)])
             for limit in self.voice.how.rehearsals(self.room.rows):
-                reply = self._speak((nought, nought, limit, nought))
+                reply = self._speak((row, nought, limit, nought))
         jax.block_until_ready(reply)
 
 
@@ -298,12 +299,12 @@ class Fresh:
         )
 
     def warm_up(self) -> None:
-        """Compiles every shape that `ask` may use."""
+        """Compiles every shape that `ask` may use, and runs every loop once."""
         for rows in self.rows:
-            nought = np.zeros(rows, np.int32)
+            nought, row = np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32)
             prompt = np.zeros((rows, self.length), np.int32), nought
             for limit in self.voice.how.rehearsals(rows):
-                asked = nought, nought, limit, nought
+                asked = row, nought, limit, nought
                 jax.block_until_ready(self._reply(prompt, asked))
 
 

@@ -114,7 +114,9 @@ def over(
       window: how many tokens, itself included, a query sees; None: all.
     """
     if flash and position.shape[1] == 1:
-        end = jnp.where(length > 0, position[:, 0] + 1, 0)
+        # A token past the last slot is lost; the kernel must not read beyond it.
+        end = jnp.minimum(position[:, 0] + 1, cache.slots)
+        end = jnp.where(length > 0, end, 0)
         begin = jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
 
         def one(q, k, v):

@@ -28,9 +28,15 @@ CONFIG = qwen.ModelConfig(
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    attend = functools.partial(flash_decoding.attend, interpret=True)
-    monkeypatch.setattr(flash_decoding, "attend", attend)
+    attend, calls = flash_decoding.attend, []
+
+    def counted(*given):
+        calls.append(given)
+        return attend(*given, interpret=True)
+
+    monkeypatch.setattr(flash_decoding, "attend", counted)
     monkeypatch.setattr(flash_decoding, "serves", lambda config: True)
+    return calls
 
 
 def memory(rows, heads, size, seed=0):
@@ -92,9 +98,11 @@ def test_a_token_read_by_the_kernel_is_a_token_read_by_the_mask(interpreted):
     prompt = tokens[:, :13], jnp.array([13, 7, 2])
     one = tokens[:, 13:], jnp.array([1, 0, 1])
     states, cache = read(params, (prompt, one))
+    assert len(interpreted) == CONFIG.layers
     # The same token in front of a padding: the mask reads two at once.
     padded = jnp.pad(one[0], ((0, 0), (0, 1))), one[1]
     want, held = read(params, (prompt, padded))
+    assert len(interpreted) == CONFIG.layers
     live = np.array([0, 2])
     np.testing.assert_allclose(states[live, 0], want[live, 0], atol=0.05)
     np.testing.assert_array_equal(cache.length, held.length)
@@ -103,12 +111,36 @@ def test_a_token_read_by_the_kernel_is_a_token_read_by_the_mask(interpreted):
     np.testing.assert_array_equal(*first)
 
 
+def test_a_row_past_its_slots_reads_none_beyond_them(interpreted):
+    params = qwen.unstack(CONFIG, qwen.init(CONFIG, jax.random.key(0)))
+    cache = kv_cache.empty(CONFIG, 3, 40)
+    cache = dataclasses.replace(cache, length=jnp.array([39, 40, 47]))
+    tokens, length = jnp.ones((3, 1), jnp.int32), jnp.array([1, 1, 1])
+    qwen.extend(CONFIG, params, cache, tokens, length)
+    for _, _, _, _, end in interpreted:
+        np.testing.assert_array_equal(end, [40, 40, 40])
+
+
+@pytest.mark.parametrize("group", [2, 7])
+def test_the_kernel_is_lowered_for_a_gpu(group):
+    k, v = memory(2, 2, 128)
+    q = jax.random.normal(jax.random.key(9), (2, 2 * group, 128), jnp.bfloat16)
+    given = q, k, v, jnp.zeros(2, jnp.int32), jnp.array([1, SLOTS])
+    traced = jax.jit(flash_decoding.attend).trace(*given)
+    try:
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    except RuntimeError as error:
+        pytest.skip(f"this jax asks for a GPU: {error}")
+    assert "triton" in lowered.as_text()
+
+
 @pytest.mark.parametrize(
     "change, capability, served",
     [
         ({}, "8.0", True),
         ({}, "9.0", True),
         ({}, "12.0", True),
+        ({}, "10.0a", True),
         ({"dtype": "float16"}, "9.0", True),
         ({}, "7.5", False),
         ({}, "gfx942", False),
