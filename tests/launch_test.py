@@ -63,9 +63,12 @@ def noted(tmp_path: Path, number="none") -> list[str]:
 
 
 def begin(name: str, *arguments, **environment) -> subprocess.Popen:
+    """Starts a launcher as a terminal would, wherever the tests were started from."""
     known = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "STUB")}
+    # What a shell starts in the background ignores SIGINT, and so does all below it.
+    hears = "env", "--default-signal=INT"
     return subprocess.Popen(
-        [ROOT / "launch" / f"{name}.sh", *map(str, arguments)],
+        [*hears, ROOT / "launch" / f"{name}.sh", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
