@@ -90,18 +90,6 @@ def halves(played: Played, settings: config.Config) -> Iterator[list[tokens.Row]
         yield found.rows
 
 
-def padding(arranged: tokens.Arranged) -> float:
-    """Share of the tokens of all micro-batches that no row has."""
-    real = arranged.rows.trajectory >= 0
-    lengths = arranged.rows.student.length + arranged.rows.teacher.length
-    sizes = np.array([b.rows * (b.student + b.teacher) for b in arranged.buckets])
-    used = [
-        sizes[chosen[:count]].sum()
-        for chosen, count in zip(arranged.chosen, arranged.used)
-    ]
-    return 1 - float((lengths * real).sum() / np.sum(used))
-
-
 def measure(case: str, played: Played, settings: config.Config) -> None:
     player = rollout.Player(None, played.words, settings.prompt, rows=1)
     longest = player.length, player.skilled_length
@@ -118,7 +106,7 @@ def measure(case: str, played: Played, settings: config.Config) -> None:
         chosen = dataclasses.replace(optimizer, **changes)
         packer = packing.Packer(chosen, size, longest, scored)
         packer.arranged(first, rng.permutation(len(first)))
-        return padding(packer.arranged(rows, order))
+        return packing.padding(packer.arranged(rows, order))
 
     def most(views) -> int:
         both = [*views(first), *views(rows)]

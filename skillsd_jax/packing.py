@@ -50,6 +50,16 @@ class Packer:
         return tokens.arrange(batch, order, self.config, shapes)
 
 
+def padding(arranged: tokens.Arranged) -> float:
+    """Share of the tokens of all micro-batches that no row has; 0 where there are none."""
+    real = arranged.rows.trajectory >= 0
+    lengths = arranged.rows.student.length + arranged.rows.teacher.length
+    sizes = np.array([b.rows * (b.student + b.teacher) for b in arranged.buckets])
+    used = np.arange(arranged.chosen.shape[1]) < arranged.used[:, None]
+    computed = np.sum(sizes[arranged.chosen] * used)
+    return float(1 - np.sum(lengths * real) / computed) if computed else 0.0
+
+
 def fitted(
     student: Int[np.ndarray, " n"],
     teacher: Int[np.ndarray, " n"],

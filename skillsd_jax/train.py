@@ -288,7 +288,7 @@ class Run:
             self.state, sums = self.learner.update(self.state, batch)
             found = learner.means(sums)
         self.watch.see(iteration, found["skipped_updates"], batch.rows)
-        return found
+        return found | {"padding": packing.padding(batch)}
 
     def _credit(self, played: experience.Experience, shown, unkept) -> None:
         """Books each episode's reward to the skills of the bank that were shown."""

@@ -80,6 +80,15 @@ def test_the_first_rows_decide_and_an_iteration_without_rows_does_not():
     assert resumed.buckets == first.buckets
 
 
+def test_padding_is_what_no_row_has_of_all_that_is_computed():
+    config = settings.Optimizer(minibatches=1, micro_rows=2, length_buckets=1)
+    packer = packing.Packer(config, 9, (40, 60), 4)
+    # Two micro-batches of two rows of 40 + 60; a row without a skill has one view twice.
+    three = packer.arranged(rows_of([8, 16, 40]), np.arange(3))
+    assert packing.padding(three) == pytest.approx(1 - 2 * (8 + 16 + 40) / 400)
+    assert packing.padding(packer.arranged([], np.arange(0))) == 0
+
+
 @pytest.mark.parametrize(
     "hinted, parts, needed", [(0, 1, 140), (1, 1, 168), (0, 4, 560)]
 )

@@ -91,6 +91,7 @@ def test_every_iteration_has_every_figure(finished):
         assert {"asked", "made", "failed", "age", "uses"} <= row["skills"].keys()
         assert {"gap_action", "gap_turn_1", "gap_turn_3_4"} <= row.keys()
         assert {"rollout", "skills", "update"} <= row["seconds"].keys()
+        assert 0 < row["padding"] < 1
     assert "evaluation" in rows[1]
 
 
