@@ -22,10 +22,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 
 COPIED = 2**30  # bytes of the copy that measures the bandwidth
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # 256 rows of 2,048 take 56 GiB
-NAMES = {"transformers": "transformers, static cache"}
 
 
 def fastest(call: Callable[..., object], repeats: int, *given) -> float:
@@ -169,7 +169,9 @@ def transformers(config, rows: int, arguments) -> dict:
 
     counts = arguments.tokens, 1
     most, one = (fastest(generate, arguments.repeats, count) for count in counts)
-    return {"seconds": (most - one) / (arguments.tokens - 1)}
+    seconds = (most - one) / (arguments.tokens - 1)
+    known = f"transformers {version('transformers')}, torch {torch.__version__}"
+    return {"seconds": seconds, "name": f"{known}, static cache"}
 
 
 CONTENDERS = {"ours": ours, "transformers": transformers}
@@ -224,7 +226,7 @@ def compare(name: str, rows: int, arguments) -> bool:
         if theirs is None:
             return False
         seconds = mine["seconds"], theirs["seconds"]
-        print(line(case, rows, *seconds, NAMES[other]), flush=True)
+        print(line(case, rows, *seconds, theirs["name"]), flush=True)
     return True
 
 

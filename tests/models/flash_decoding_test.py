@@ -130,7 +130,9 @@ def test_the_kernel_is_lowered_for_a_gpu(group):
     try:
         lowered = traced.lower(lowering_platforms=("cuda",))
     except RuntimeError as error:
-        pytest.skip(f"this jax asks for a GPU: {error}")
+        if "No supported GPU devices" not in str(error):
+            raise
+        pytest.skip("jax 0.11 and later want a GPU to lower for one")
     assert "triton" in lowered.as_text()
 
 
@@ -160,5 +162,6 @@ def test_only_what_the_kernel_can_do_is_asked_of_it(
     assert flash_decoding.serves(config) == served
 
 
-def test_a_cpu_is_not_asked():
+def test_a_cpu_is_not_asked(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert not flash_decoding.serves(CONFIG)
